@@ -1,0 +1,865 @@
+"""ChunkedDiT: a Diffusion Transformer that keeps few tokens where the image is smooth and many where there is detail.
+
+This file is self-contained (torch and diffusers only). It is copied beside the weights of every export, under a name
+that carries the hash of its content, so that stock diffusers loads the folder without the `upcycle` package.
+
+Two scaffolds around the same transformer blocks:
+
+- ``lean``  (upcycle's): the exact graft. With the teacher's grid kept it computes the teacher's function; it routes on
+  narrow features, widens only the tokens that are kept, and adds a correction that starts at zero.
+- ``paper`` (DC-DiT, arXiv 2603.06351): the published architecture, numerically equal to the authors' code.
+
+Shape legend: B batch, H x W latent grid, L = H * W positions in raster order, M tokens kept (padded to the longest
+sample of the batch), C latent channels, O output channels, D block width, E scaffold width, p the teacher's patch size.
+"""
+
+import hashlib
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+KERNEL_CUTOFF = 6  # in standard deviations: exp(-6**2 / 2) = 1.5e-8, below what fp32 sees beside 1
+LATTICE = (1.5, 0.0, -2.0)  # router prior: on (0,0) mod 2p, on the rest of the teacher's grid, elsewhere
+DETAIL_FLOOR, DETAIL_SCALE = 0.03, 0.8
+WINDOW_VARIANCE_FLOOR = 3e-4
+
+
+@dataclass
+class Routing:
+    """What the router decided. All tensors [B, L]; ``mask`` is what the blocks saw.
+
+    ``logit`` is the boundary logit, ``probability`` its sigmoid (1 for positions that are always kept),
+    ``mask_natural`` the positions with p > 1/2, ``mask`` the same after tail dropping, and ``score`` the part of the
+    logit that is learned (without bias and guide), which router supervision trains.
+    """
+
+    logit: torch.Tensor
+    probability: torch.Tensor
+    mask_natural: torch.Tensor
+    mask: torch.Tensor
+    score: torch.Tensor
+
+    @property
+    def selected_probability(self) -> torch.Tensor:
+        """Probability of the decision taken, [B, L] (DC-DiT, step 7)."""
+        return torch.where(self.mask_natural, self.probability, 1 - self.probability)
+
+
+@dataclass
+class ChunkedDiTOutput(BaseOutput):
+    """``sample`` [B, O, H, W] (epsilon, then the learned sigma where there is one) and the ``routing`` behind it."""
+
+    sample: torch.Tensor
+    routing: Routing | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+class Conv2dFP32(nn.Conv2d):
+    """A convolution that runs in fp32 whatever the model's precision: the router decides at a threshold."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class GroupNormFP32(nn.GroupNorm):
+    """A group norm that runs in fp32 whatever the model's precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
+
+
+class TimestepLabelEmbedder(nn.Module):
+    """Conditioning vector: MLP of the sinusoidal timestep embedding plus the class embedding.
+
+    ``frequency_shift`` is the trap of the DiT family: diffusers divides the frequency index by (half - 1), Meta's code,
+    with which the weights were trained, by half.
+    """
+
+    def __init__(self, width: int, num_classes: int, frequency_shift: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.frequency_shift = frequency_shift
+        self.timestep_embedder = nn.ModuleDict({"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})
+        self.class_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
+
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        half = 128
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angle = timestep.float()[:, None] * torch.exp(exponent / (half - self.frequency_shift))
+        linear_1, linear_2 = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
+        h = torch.cat([angle.cos(), angle.sin()], dim=-1).to(linear_1.weight.dtype)
+        h = linear_2(F.silu(linear_1(h)))
+        # Any label past the last class is the null class: DiTPipeline sends 1000 whatever the number of classes.
+        return h + self.class_embedder["embedding_table"](class_labels.clamp(max=self.num_classes))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over kept tokens, under diffusers' parameter names."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x_BMD: torch.Tensor, key_bias: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (to(x_BMD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+class GELUProjection(nn.Module):
+    """Linear then tanh-GELU, under diffusers' parameter names."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """The block's MLP, under diffusers' parameter names (index 1 is diffusers' dropout, which is 0 in every DiT)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList([GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class Modulation(nn.Module):
+    """adaLN-Zero: six modulation vectors per sample from the conditioning."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 6 * width)
+
+    def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(condition)[:, None].chunk(6, dim=-1)
+
+
+class Block(nn.Module):
+    """The DiT block, weights and names as in diffusers' `DiTTransformer2DModel`."""
+
+    def __init__(self, width: int, heads: int, norm_eps: float):
+        super().__init__()
+        self.norm1 = Modulation(width)
+        self.attn1 = Attention(width, heads)
+        self.ff = FeedForward(width)
+        self.norm_eps = norm_eps
+
+    def forward(
+        self, hidden_states: torch.Tensor, condition: torch.Tensor, key_bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """hidden_states [B, M, D], condition = SiLU(c) [B, D], key_bias additive, [B, 1, 1, M] or None."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(condition)
+        h = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+        hidden_states = hidden_states + gate_a * self.attn1(h * (1 + scale_a) + shift_a, key_bias)
+        h = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.norm_eps)
+        return hidden_states + gate_f * self.ff(h * (1 + scale_f) + shift_f)
+
+
+def group_norm(channels: int, groups: int = 32, fp32: bool = False) -> nn.GroupNorm:
+    return (GroupNormFP32 if fp32 else nn.GroupNorm)(math.gcd(groups, channels), channels)
+
+
+class ResBlock(nn.Module):
+    """Latent-diffusion style residual block with a projection of the conditioning (DC-DiT, step 2)."""
+
+    def __init__(self, width_in: int, width_out: int, condition_width: int):
+        super().__init__()
+        inner = min(width_in, width_out)
+        self.norm1 = group_norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, inner, 3, padding=1)
+        self.condition = nn.Linear(condition_width, inner)
+        self.norm2 = group_norm(inner)
+        self.conv2 = nn.Conv2d(inner, width_out, 3, padding=1)
+        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W], condition = SiLU(c) [B, D]."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.condition(condition)[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis with a weight; eps 1e-5 as in the authors' code."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), 1e-5).to(x.dtype)
+
+
+class _StraightThroughOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p):
+        return torch.ones_like(p)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chunking arithmetic: functions of masks and positions, without parameters
+
+
+def teacher_grid(height: int, width: int, patch: int, device: torch.device) -> torch.Tensor:
+    """The top-left positions of the teacher's patches, bool [L]."""
+    rows = torch.arange(height, device=device)[:, None] % patch == 0
+    return (rows & (torch.arange(width, device=device) % patch == 0)).flatten()
+
+
+def lattice_prior(height: int, width: int, patch: int, device: torch.device) -> torch.Tensor:
+    """The router's fixed prior over positions, fp32 [L]: see `LATTICE`."""
+    coarse = teacher_grid(height, width, 2 * patch, device)
+    grid = teacher_grid(height, width, patch, device)
+    high, zero, low = (torch.tensor(v, device=device) for v in LATTICE)
+    return torch.where(coarse, high, torch.where(grid, zero, low))
+
+
+def local_detail(x: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """log(sqrt(alpha_bar) * local standard deviation of x0 + .03) / .8, estimated from x_t alone; fp32 [B, L].
+
+    The 3x3 variance of x_t holds that of the noise, sigma^2 * 8/9 on average with a relative spread of sqrt(2 / 9C);
+    both the mean and two spreads are taken off, so that pure noise shows no detail.
+    """
+    x = x.float()
+    mean = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    variance = (F.avg_pool2d(x * x, 3, 1, 1, count_include_pad=False) - mean * mean).mean(1)
+    noise = (1 - alpha_bar)[:, None, None] * (8 / 9) * (1 + 2 * math.sqrt(2 / (9 * x.shape[1])))
+    deviation = (variance - noise).clamp(min=0).sqrt()
+    return torch.log(deviation.flatten(1) + DETAIL_FLOOR) / DETAIL_SCALE
+
+
+def base_mask(detail: torch.Tensor, grid: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tokens that an untrained router keeps: the teacher's grid, pruned or extended by detail to ``tokens``.
+
+    detail fp32 [B, L], grid bool [L] -> bool [B, L]. The count of grid positions is passed by shape, not read back
+    from the device.
+    """
+    rank = detail + torch.where(grid, 1e4, 0.0)  # every grid position ranks before every other one
+    rank[:, 0] = torch.inf
+    keep = torch.zeros_like(rank, dtype=torch.bool)
+    return keep.scatter_(1, rank.topk(tokens, dim=1).indices, True)
+
+
+def drop_tail(mask: torch.Tensor, logit: torch.Tensor, tail_drop: torch.Tensor) -> torch.Tensor:
+    """Of the kept positions of each sample drop the fraction ``tail_drop`` with the lowest logit (DC-DiT, step 4).
+
+    mask bool [B, L], logit [B, L], tail_drop fp32 [B] -> bool [B, L]. Ties fall to the later position; the count
+    dropped is floor(kept * tail_drop) in fp32, as in the authors' code.
+    """
+    rank = logit.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept = mask.sum(1, keepdim=True)
+    dropped = (kept.float() * tail_drop[:, None]).long()
+    return mask & (rank < kept - dropped)
+
+
+def nearest_kept(mask: torch.Tensor, height: int, width: int, shift: float) -> torch.Tensor:
+    """For each position the kept position u that minimises |w - u - shift|^2, int64 [B, L]; ties in raster order.
+
+    ``shift`` is in positions, the same for rows and columns, a multiple of 0.1. Exact integer arithmetic on a
+    separable search, first along rows and then along columns: O(L * (H + W)), never L x M.
+    """
+    device, shift10 = mask.device, round(10 * shift)
+    size = height * width
+    far = (10 * (height + width) + shift10) ** 2 * 4
+
+    def squared(n: int) -> torch.Tensor:  # [n, n]: (10 (w - u) - 10 shift)^2
+        i = torch.arange(n, device=device)
+        return (10 * (i[:, None] - i) - shift10) ** 2
+
+    column = torch.arange(width, device=device)
+    empty = torch.where(mask.view(-1, height, 1, width), 0, far)
+    in_row = ((squared(width) + empty) * width + column).amin(-1)  # [B, H, W]: distance * W + kept column
+    distance, kept_column = in_row // width, in_row % width
+    row = torch.arange(height, device=device)
+    source = row[:, None] * width + kept_column  # [B, H, W] raster index of the best position of each row
+    key = (squared(height)[:, :, None] + distance[:, None]) * size + source[:, None]  # [B, H, H', W]
+    return (key.amin(2) % size).flatten(1)
+
+
+def compact(mask: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kept positions of each sample in raster order.
+
+    mask bool [B, L] -> index int64 [B, M] (padded with 0), valid bool [B, M], slot int64 [B, L] (a kept position's
+    place in ``index``; undefined for the others).
+    """
+    batch, size = mask.shape
+    slot = mask.cumsum(1) - 1
+    position = torch.arange(size, device=mask.device).expand(batch, -1)
+    index = position.new_zeros(batch, longest + 1).scatter_(1, torch.where(mask, slot, longest), position)[:, :longest]
+    valid = torch.arange(longest, device=mask.device) < mask.sum(1, keepdim=True)
+    return index * valid, valid, slot.clamp(min=0)
+
+
+def gather_tokens(x_BLD: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows ``index`` [B, M] of [B, L, D] -> [B, M, D]."""
+    return x_BLD.gather(1, index[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
+
+
+def smooth(
+    h_BMD: torch.Tensor, p_BM: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int], sigma: float
+) -> torch.Tensor:
+    """Confidence-weighted Gaussian smoothing among kept tokens (DC-DiT, step 6), fp32 [B, M, D].
+
+    h_i <- p_i h_i + (1 - p_i) sum_j W_ij h_j, W_ij = exp(-d_ij^2 / 2 sigma^2) p_j with rows normalised. Done as a
+    normalised separable convolution on the grid, with the kernel cut where fp32 no longer sees it: O(L), never M x M.
+    """
+    h, p = h_BMD.float(), (p_BM.float().clamp(1e-4, 1 - 1e-4) * valid)[:, :, None]
+    batch, _, width = h.shape
+    plane = h.new_zeros(batch, grid[0] * grid[1], width + 1)
+    plane.scatter_add_(1, index[:, :, None].expand(-1, -1, width + 1), torch.cat([p * h, p], dim=-1))
+    plane = plane.transpose(1, 2).reshape(batch * (width + 1), 1, *grid)
+    radius = min(math.ceil(KERNEL_CUTOFF * sigma), max(grid) - 1)
+    offset = torch.arange(-radius, radius + 1, device=h.device, dtype=torch.float32)
+    kernel = torch.exp(-(offset**2) / (2 * sigma**2))
+    plane = F.conv2d(plane, kernel.view(1, 1, -1, 1), padding=(radius, 0))
+    plane = F.conv2d(plane, kernel.view(1, 1, 1, -1), padding=(0, radius))
+    total = gather_tokens(plane.view(batch, width + 1, -1).transpose(1, 2), index)
+    return p * h + (1 - p) * total[..., :-1] / (total[..., -1:] + 1e-8)
+
+
+def position_embedding(length: int, width: int, scale: float, device: torch.device) -> torch.Tensor:
+    """1-D sin-cos embedding of positions 0, 1/scale, 2/scale ..., fp32 [length, width]; computed in fp64 as MAE does."""
+    omega = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64, device=device) / (width / 2))
+    angle = (torch.arange(length, dtype=torch.float64, device=device) / scale)[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Router
+
+
+class PredictabilityScorer(nn.Module):
+    """v2 router: how badly a 3x3 neighbourhood predicts the features of a position (DC-DiT, step 3), fp32 [B, L]."""
+
+    def __init__(self, width: int, bottleneck: int):
+        super().__init__()
+        self.proj = Conv2dFP32(width, bottleneck, 1)
+        self.context_predictor = Conv2dFP32(bottleneck, bottleneck, 3, padding=1)
+        self.residual_scorer = nn.Sequential(
+            Conv2dFP32(bottleneck, bottleneck, 3, padding=1),
+            group_norm(bottleneck, 8, fp32=True),
+            nn.SiLU(),
+            Conv2dFP32(bottleneck, 1, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.proj(x)
+        return self.residual_scorer(z - self.context_predictor(z)).flatten(1)
+
+
+class CosineScorer(nn.Module):
+    """v1 router: dissimilarity of a position's query to the mean key of its 3x3 neighbourhood, as a logit, fp32 [B, L].
+
+    p = (1 - q . mean(k)) / 2, so the logit is log((1 - s) / (1 + s)).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query = Conv2dFP32(width, width, 1, bias=False)
+        self.key = Conv2dFP32(width, width, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = F.normalize(self.query(x), dim=1), F.normalize(self.key(x), dim=1)
+        similarity = (query * F.avg_pool2d(key, 3, 1, 1)).sum(1).flatten(1).clamp(-1 + 1e-4, 1 - 1e-4)
+        return torch.log((1 - similarity) / (1 + similarity))
+
+
+class Router(nn.Module):
+    """Learned boundary scores. In the lean scaffold the score is modulated by the conditioning and gated from zero.
+
+    ``bias`` is a controller's state, not a parameter: training moves it so that 1/N of all positions are kept.
+    """
+
+    def __init__(self, kind: str, width: int, bottleneck: int, condition_width: int, lean: bool):
+        super().__init__()
+        self.scorer = PredictabilityScorer(width, bottleneck) if kind == "predictability" else CosineScorer(width)
+        self.condition = nn.Linear(condition_width, 2) if lean else None
+        if lean:
+            self.gain = nn.Parameter(torch.zeros(()) if kind == "cosine" else torch.ones(()))
+            self.register_buffer("bias", torch.zeros(()))
+
+    def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """features [B, E, H, W], condition = SiLU(c) [B, D] -> learned score, fp32 [B, L]."""
+        score = self.scorer(features)
+        if self.condition is None:
+            return score
+        a, b = F.linear(condition.float(), self.condition.weight.float(), self.condition.bias.float()).chunk(2, dim=1)
+        return self.gain.float() * score * (1 + a) + b
+
+
+def random_logit(timestep: torch.Tensor, size: int, ratio: float) -> torch.Tensor:
+    """Ablation: a fixed random choice of 1/ratio of the positions for each timestep, as logits, fp32 [B, L].
+
+    An integer hash of (position, timestep), so that a sample does not depend on its batch-mates or on global state.
+    """
+    position = torch.arange(size, device=timestep.device)[None]
+    h = (position * 2654435761 + (timestep.long()[:, None] + 1) * 40503) & 0xFFFFFFFF
+    for _ in range(2):
+        h = ((h ^ (h >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    uniform = (h ^ (h >> 16)).double() / 2**32
+    return (8 * (uniform - (1 - 1 / ratio))).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class ChunkedDiT(ModelMixin, ConfigMixin):
+    """A DiT whose blocks run on the tokens that a router keeps.
+
+    Args:
+        num_attention_heads, attention_head_dim, in_channels, out_channels, num_layers, sample_size, norm_eps:
+            as in diffusers' `DiTTransformer2DModel`; ``sample_size`` is the side of the latent grid.
+        num_classes: classes without the null class, which is label ``num_classes`` (and every label past it).
+        patch_size: patch size p of the teacher whose embedding and head the lean scaffold holds; 1 for ``paper``.
+        time_embedding: "diffusers" or "meta", the convention of the sinusoidal timestep embedding.
+        num_embedders: 1, or ``num_layers`` where a fine-tune of the teacher has split the embedders.
+        scaffold: "lean" or "paper".
+        ratio: target ratio N = L / tokens kept.
+        router: "predictability", "cosine", "random" or "grid".
+        guide: weight k of the untrained start in the router's logit (lean): large = the base mask, 0 = learned only.
+        scaffold_width: E, 0 for a quarter of the block width.
+        encoder_layers, decoder_layers: residual blocks on either side.
+        smoothing_sigma: standard deviation of the smoothing kernel, in positions (1 at 32x32 latents, 2 at 64x64).
+        condition_adaptor: a trainable LayerNorm on the conditioning of encoder and decoder (published upcycling).
+        num_train_timesteps, beta_start, beta_end, beta_schedule: the noise schedule of the teacher (lean: the fill of
+            uncovered positions works in x0 space).
+        sample_range: clamp of the x0 estimate there: 1 for pixels, about 5 for scaled VAE latents.
+        tail_drop: default fraction of the kept tokens to drop, in [0, 1).
+    """
+
+    _auto_class = "AutoModel"
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _keep_in_fp32_modules = ("routing_module",)
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "routing_module")
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int = 8,
+        num_layers: int = 28,
+        sample_size: int = 32,
+        num_classes: int = 1000,
+        patch_size: int = 2,
+        norm_eps: float = 1e-5,
+        time_embedding: str = "diffusers",
+        num_embedders: int = 1,
+        scaffold: str = "lean",
+        ratio: float = 4.0,
+        router: str = "predictability",
+        guide: float = 8.0,
+        scaffold_width: int = 0,
+        encoder_layers: int = 2,
+        decoder_layers: int = 2,
+        smoothing_sigma: float = 1.0,
+        condition_adaptor: bool = False,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        sample_range: float = 5.0,
+        tail_drop: float = 0.0,
+    ):
+        super().__init__()
+        if scaffold not in ("lean", "paper"):
+            raise ValueError(f"scaffold must be 'lean' or 'paper', got {scaffold!r}")
+        if router not in ("predictability", "cosine", "random", "grid"):
+            raise ValueError(f"router must be predictability, cosine, random or grid, got {router!r}")
+        D, lean = num_attention_heads * attention_head_dim, scaffold == "lean"
+        E = scaffold_width or D // 4
+        self.gradient_checkpointing = False
+        self.guide = guide
+        self.set_tail_drop(tail_drop)
+        self._constants: dict[tuple, torch.Tensor] = {}
+
+        self.embedders = nn.ModuleList(
+            TimestepLabelEmbedder(D, num_classes, frequency_shift=int(time_embedding == "diffusers"))
+            for _ in range(num_embedders)
+        )
+        self.transformer_blocks = nn.ModuleList(Block(D, num_attention_heads, norm_eps) for _ in range(num_layers))
+        self.condition_norm = nn.LayerNorm(D) if condition_adaptor else nn.Identity()
+        self.conv_in = nn.Conv2d(in_channels, E, 3, padding=1)
+        learned = router in ("predictability", "cosine")
+        if lean:
+            self.pos_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, stride=patch_size)})
+            self.encoder = nn.ModuleList(ResBlock(E, E, D) for _ in range(encoder_layers))
+            self.widen = nn.Linear(E, D)
+            bottleneck = -(-E // 16) * 8  # half the width, a multiple of the 8 groups of the scorer's norm
+            self.routing_module = Router(router, E, bottleneck, D, lean) if learned else None
+            self.proj_out_1 = nn.Linear(D, 2 * D)
+            self.proj_out_2 = nn.Linear(D, patch_size**2 * out_channels)
+            self.fill_log_variance = nn.Linear(D, 1)
+            self.narrow = nn.Linear(D, E)
+            self.residual = nn.Conv2d(E, E, 1)
+            self.conv_base = nn.Conv2d(in_channels + out_channels + 3, E, 3, padding=1)
+            self.decoder = nn.ModuleList(ResBlock(E, E, D) for _ in range(decoder_layers))
+            self.norm_correction = group_norm(E)
+            self.conv_out = nn.Conv2d(E, out_channels, 3, padding=1)
+        else:
+            widths = [E] * encoder_layers + [D]
+            self.encoder = nn.ModuleList(ResBlock(widths[i], widths[i + 1], D) for i in range(encoder_layers))
+            self.encoder_norm = RMSNorm(D)
+            self.routing_module = Router(router, D, D // 4, D, lean) if learned else None
+            self.blocks_norm = RMSNorm(D)
+            self.residual = nn.Linear(D, D)
+            self.decoder = nn.ModuleList(ResBlock(D if i == 0 else E, E, D) for i in range(decoder_layers))
+            self.decoder_norm = RMSNorm(E)
+            self.proj_out_1 = nn.Linear(D, 2 * E)
+            self.proj_out_2 = nn.Linear(E, out_channels)
+
+    # -- budgets ------------------------------------------------------------------------------------------------------
+
+    def set_tail_drop(self, tail_drop: float) -> None:
+        """Drop this fraction of the kept tokens from now on (0 <= tail_drop < 1; DC-DiT, elastic inference)."""
+        if not 0 <= tail_drop < 1:
+            raise ValueError(f"tail_drop must be in [0, 1), got {tail_drop}")
+        self.tail_drop = float(tail_drop)
+
+    # -- constants, made once a device --------------------------------------------------------------------------------
+
+    def _constant(self, name: str, device: torch.device, make, *key) -> torch.Tensor:
+        if (name, device, *key) not in self._constants:
+            with torch.inference_mode(False), torch.no_grad():
+                self._constants[(name, device, *key)] = make()
+        return self._constants[(name, device, *key)]
+
+    def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Cumulative signal power at integer timesteps [B] -> fp32 [B]."""
+        c = self.config
+
+        def make() -> torch.Tensor:
+            if c.beta_schedule == "scaled_linear":
+                beta = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.num_train_timesteps, dtype=torch.float64) ** 2
+            else:
+                beta = torch.linspace(c.beta_start, c.beta_end, c.num_train_timesteps, dtype=torch.float64)
+            return (1 - beta).cumprod(0).float().to(timestep.device)
+
+        table = self._constant("alpha_bar", timestep.device, make)
+        return table[timestep.long().clamp(0, c.num_train_timesteps - 1)]
+
+    def positions(self, index: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings of the tokens ``index`` [B, M] -> [B, M, D]; columns first, as in MAE."""
+        height, width = grid
+        half, scale = self.config.num_attention_heads * self.config.attention_head_dim // 2, self.config.patch_size
+        device = index.device
+        if self.config.scaffold == "paper":
+            scale = 1
+        column = self._constant("column", device, lambda: position_embedding(width, half, scale, device), width)
+        row = self._constant("row", device, lambda: position_embedding(height, half, scale, device), height)
+        return torch.cat([column[index % width], row[index // width]], dim=-1)
+
+    # -- routing ------------------------------------------------------------------------------------------------------
+
+    def route(
+        self,
+        features: torch.Tensor,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: torch.Tensor,
+        tail_drop: float | torch.Tensor,
+        guide: float | torch.Tensor,
+    ) -> Routing:
+        """Decide which positions to keep; see `Routing`. Runs in fp32."""
+        c, device = self.config, x.device
+        height, width = x.shape[-2:]
+        size, lean = height * width, c.scaffold == "lean"
+        with torch.autocast(device.type, enabled=False):
+            if c.router == "grid":
+                stride = round(c.ratio**0.5)
+                on = self._constant(
+                    "grid", device, lambda: teacher_grid(height, width, stride, device), height, width, stride
+                )
+                score = torch.where(on, 8.0, -8.0).expand(x.shape[0], -1)
+                logit = score
+            elif c.router == "random":
+                logit = score = random_logit(timestep, size, c.ratio)
+            else:
+                logit = score = self.routing_module(features, condition)
+                if lean:
+                    prior = self._constant(
+                        "prior", device, lambda: lattice_prior(height, width, c.patch_size, device), height, width
+                    )
+                    detail = local_detail(x, self.alpha_bar(timestep))
+                    score = score + prior + detail
+                    logit = score + self.routing_module.bias.float() + guide * self.untrained_sign(detail, (height, width))
+            probability = torch.sigmoid(logit)
+            always = torch.zeros(size, dtype=torch.bool, device=device)
+            always[0] = True
+            if not lean:
+                always[-1] = True
+            probability = torch.where(always, 1.0, probability)
+            ranking = torch.where(always, torch.inf, logit)
+            natural = ranking > 0
+            mask = natural
+            if isinstance(tail_drop, torch.Tensor) or tail_drop > 0:
+                drop = torch.as_tensor(tail_drop, dtype=torch.float32, device=device).expand(x.shape[0])
+                mask = drop_tail(natural, ranking.detach(), drop)
+        return Routing(logit, probability, natural, mask, score)
+
+    def untrained_sign(self, detail: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """g of the router's logit: +1 on the tokens that an untrained router keeps, -1 elsewhere; [B, L] or [L]."""
+        (height, width), device, patch = grid, detail.device, self.config.patch_size
+        on = self._constant(
+            "patches", device, lambda: teacher_grid(height, width, patch, device), height, width
+        )
+        count = -(-height // patch) * -(-width // patch)
+        tokens = max(1, round(height * width / self.config.ratio))
+        keep = on if tokens == count else base_mask(detail, on, tokens)
+        return torch.where(keep, 1.0, -1.0)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        tail_drop: float | torch.Tensor | None = None,
+        guide: float | torch.Tensor | None = None,
+    ) -> ChunkedDiTOutput | tuple[torch.Tensor]:
+        """Predict the noise (and the learned sigma) of noisy latents.
+
+        Args:
+            hidden_states: x_t, [B, C, H, W].
+            timestep: integer timesteps, [B] or a scalar.
+            class_labels: class ids, [B]; ``num_classes`` and above are the null class.
+            return_dict: False for a plain tuple ``(sample,)``.
+            tail_drop: fraction to drop, a float or fp32 [B] (Lite-CFG); default: what `set_tail_drop` set.
+            guide: weight k of the untrained start, a float or fp32 [B, 1]; default: ``self.guide``.
+
+        Returns:
+            `ChunkedDiTOutput`, or ``(sample,)``.
+        """
+        batch = hidden_states.shape[0]
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
+        tail_drop = self.tail_drop if tail_drop is None else tail_drop
+        guide = self.guide if guide is None else guide
+        embeddings = [embedder(timestep, class_labels) for embedder in self.embedders]
+        conditions = [F.silu(c) for c in embeddings]
+        scaffold_condition = F.silu(self.condition_norm(embeddings[0]))
+        run = self._forward_lean if self.config.scaffold == "lean" else self._forward_paper
+        sample, routing = run(hidden_states, timestep, conditions, scaffold_condition, tail_drop, guide)
+        if not return_dict:
+            return (sample,)
+        return ChunkedDiTOutput(sample=sample, routing=routing)
+
+    def run_blocks(
+        self, tokens: torch.Tensor, conditions: list[torch.Tensor], key_bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None."""
+        if key_bias is not None:
+            key_bias = key_bias.to(tokens.dtype)[:, None, None]
+        for i, block in enumerate(self.transformer_blocks):
+            condition = conditions[i % len(conditions)]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, key_bias)
+            else:
+                tokens = block(tokens, condition, key_bias)
+        return tokens
+
+    def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
+        c = self.config
+        batch, _, height, width = x.shape
+        size, patch, grid = height * width, c.patch_size, (height, width)
+
+        features = self.conv_in(x)
+        for block in self.encoder:
+            features = block(features, scaffold_condition)
+        routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
+
+        # Who owns which position, and how large the cells are. On the teacher's grid a cell is a window.
+        # The shift is just under the window's centre, so that nothing ties on the grid.
+        owner = nearest_kept(routing.mask, height, width, max(0.0, (patch - 1) / 2 - 0.1))
+        ones = torch.ones_like(owner, dtype=torch.float32)
+        cell_size = torch.zeros_like(ones).scatter_add_(1, owner, ones)
+        log_cell = torch.where(routing.mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0)
+        count = routing.mask.sum(1)
+        # The one host synchronisation that a ragged batch needs.
+        longest, shortest, uneven = torch.stack([count.max(), count.min(), (log_cell != 0).any()]).tolist()
+        index, valid, slot = compact(routing.mask, longest)
+        owner_slot = slot.gather(1, owner)
+        key_bias = None
+        if uneven or shortest < longest:
+            key_bias = log_cell.gather(1, index).masked_fill(~valid, -torch.inf)
+
+        # Tokens: the teacher's embedding of the window, moved towards the mean of the cell, plus a learned part.
+        cells = self._cell_statistics(x, owner, owner_slot, cell_size, index, timestep)
+        windows = F.unfold(F.pad(x, (0, patch - 1, 0, patch - 1)), patch).transpose(1, 2)
+        windows = gather_tokens(windows, index).unflatten(-1, (-1, patch**2)) + cells[..., None].to(x.dtype)
+        embed = self.pos_embed["proj"]
+        tokens = F.linear(windows.flatten(2), embed.weight.flatten(1), embed.bias)
+        tokens = tokens + self.widen(gather_tokens(features.flatten(2).transpose(1, 2), index))
+        tokens = tokens + self.positions(index, grid).to(tokens.dtype)
+
+        tokens = self.run_blocks(tokens, conditions, key_bias)
+
+        tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+        shift, scale = self.proj_out_1(conditions[0])[:, None].chunk(2, dim=-1)
+        entries = self.proj_out_2(tokens * (1 + scale) + shift).unflatten(-1, (patch**2, c.out_channels))
+        base, geometry = self._dechunk(entries, tokens, x, index, owner, owner_slot, timestep, grid)
+
+        # Correction: decoder over smoothed, plugged-back features; its last layer starts at zero.
+        p = routing.probability.gather(1, index)
+        h = smooth(self.narrow(tokens), p, index, valid, grid, c.smoothing_sigma)
+        h = gather_tokens(h, owner_slot) * _StraightThroughOne.apply(routing.selected_probability)[..., None]
+        h = h.transpose(1, 2).reshape(batch, -1, height, width).to(x.dtype)
+        h = h + self.residual(features) + self.conv_base(torch.cat([x, base.to(x.dtype), geometry.to(x.dtype)], dim=1))
+        for block in self.decoder:
+            h = block(h, scaffold_condition)
+        correction = self.conv_out(F.silu(self.norm_correction(h)))
+        return (base + correction).to(x.dtype), routing
+
+    def _cell_statistics(self, x, owner, owner_slot, cell_size, index, timestep) -> torch.Tensor:
+        """How far a token's input moves from its window towards its cell: k (mean over cell - mean over window).
+
+        k = sigma^2 / (sigma^2 + 10 alpha_bar Var_cell(x0)), the variance estimated from x_t; fp32 [B, M, C]. Exactly
+        zero where the cell is the window.
+        """
+        batch, channels, height, width = x.shape
+        patch, longest = self.config.patch_size, index.shape[1]
+        pixels = x.float().flatten(2).transpose(1, 2)
+        noise = (1 - self.alpha_bar(timestep))[:, None]
+        n = cell_size.gather(1, index)[..., None].clamp(min=1)
+        sums = pixels.new_zeros(batch, longest, 2 * channels)
+        where = owner_slot[..., None].expand(-1, -1, 2 * channels)
+        sums.scatter_add_(1, where, torch.cat([pixels, pixels * pixels], dim=-1))
+        mean, square = (sums / n).chunk(2, dim=-1)
+        variance = (square - mean * mean).mean(-1) - noise * ((n - 1) / n)[..., 0]
+        k = noise / (noise + 10 * variance.clamp(min=0)).clamp(min=1e-8)
+        padded = F.pad(x.float(), (0, patch - 1, 0, patch - 1))
+        inside = F.pad(torch.ones(1, 1, height, width, device=x.device), (0, patch - 1, 0, patch - 1))
+        window_mean = F.avg_pool2d(padded, patch, 1) / F.avg_pool2d(inside, patch, 1)
+        window_mean = gather_tokens(window_mean.flatten(2).transpose(1, 2), index)
+        row, column = owner // width, owner % width
+        position = torch.arange(height * width, device=x.device)
+        covered = (position // width - row < patch) & (position // width >= row)
+        covered &= (position % width - column < patch) & (position % width >= column)
+        stray = torch.zeros_like(mean[..., 0]).scatter_add_(1, owner_slot, (~covered).float())
+        window_size = (height - index // width).clamp(max=patch) * (width - index % width).clamp(max=patch)
+        same = (stray == 0) & (n[..., 0] == window_size)
+        return torch.where(same[..., None], 0.0, k[..., None] * (mean - window_mean))
+
+    def _dechunk(self, entries, tokens, x, index, owner, owner_slot, timestep, grid):
+        """Plug the tokens' p x p entries back onto the grid, filling uncovered positions in x0 space.
+
+        entries [B, M, p*p, O] -> base fp32 [B, O, H, W] and geometry (coverage, row offset, column offset) fp32
+        [B, 3, H, W]. Neighbouring pixels share their image, not their noise: an uncovered position takes the x0
+        estimate of the nearest entry of its token, and its epsilon follows from its own x_t.
+        """
+        c = self.config
+        (height, width), patch, channels = grid, c.patch_size, c.in_channels
+        position = torch.arange(height * width, device=x.device)
+        d_row, d_column = position // width - owner // width, position % width - owner % width
+        e_row, e_column = d_row.clamp(0, patch - 1), d_column.clamp(0, patch - 1)
+        covered = (d_row == e_row) & (d_column == e_column)
+
+        entry = owner_slot * patch**2 + e_row * patch + e_column
+        entries = entries.float()
+        base = gather_tokens(entries.flatten(1, 2), entry)
+
+        alpha = self.alpha_bar(timestep)[:, None, None]
+        noise, signal = 1 - alpha, alpha.sqrt()
+        pixels = x.float().flatten(2).transpose(1, 2)
+
+        def estimate(x_t: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+            return ((x_t - noise.sqrt() * epsilon) / signal.clamp(min=1e-4)).clamp(-c.sample_range, c.sample_range)
+
+        nearest = owner + (e_row * width + e_column)
+        x0 = estimate(gather_tokens(pixels, nearest), base[..., :channels])
+
+        # Variance of the x0 estimate inside each token's window, over the positions that exist.
+        offset = torch.arange(patch**2, device=x.device)
+        row, column = index[..., None] // width + offset // patch, index[..., None] % width + offset % patch
+        inside = ((row < height) & (column < width))[..., None].float()
+        at = (row.clamp(max=height - 1) * width + column.clamp(max=width - 1)).flatten(1)
+        window = estimate(gather_tokens(pixels, at), entries[..., :channels].flatten(1, 2))
+        window = window.unflatten(1, (-1, patch**2))
+        n = inside.sum(2).clamp(min=1)
+        mean = (window * inside).sum(2) / n
+        variance = (((window - mean[:, :, None]) ** 2 * inside).sum(2) / n).mean(-1, keepdim=True)
+        v = self.fill_log_variance(tokens).float().exp() * (variance + WINDOW_VARIANCE_FLOOR)
+        v = gather_tokens(v, owner_slot)
+
+        fill = noise.sqrt() * (pixels - signal * x0) / (noise + alpha * v)
+        fill = torch.cat([fill, base[..., channels:]], dim=-1)
+        base = torch.where(covered[..., None], base, fill)
+        geometry = torch.stack([covered.float(), d_row.float() / patch, d_column.float() / patch], dim=1)
+        return base.transpose(1, 2).unflatten(2, grid), geometry.unflatten(2, grid)
+
+    def _forward_paper(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
+        c = self.config
+        batch, _, height, width = x.shape
+        grid = (height, width)
+        h = self.conv_in(x)
+        for block in self.encoder:
+            h = block(h, scaffold_condition)
+        h_BLD = self.encoder_norm(h.flatten(2).transpose(1, 2))
+        features = h_BLD.transpose(1, 2).unflatten(2, grid)
+        routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
+
+        count = routing.mask.sum(1)
+        longest, shortest = torch.stack([count.max(), count.min()]).tolist()
+        index, valid, slot = compact(routing.mask, longest)
+        key_bias = None
+        if shortest < longest:
+            key_bias = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
+        tokens = gather_tokens(h_BLD, index)
+        tokens = tokens + self.positions(index, grid).to(tokens.dtype)
+        tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias))
+
+        owner = nearest_kept(routing.mask, height, width, 0.0)
+        p = routing.probability.gather(1, index)
+        out = gather_tokens(smooth(tokens, p, index, valid, grid, c.smoothing_sigma), slot.gather(1, owner))
+        out = out * _StraightThroughOne.apply(routing.selected_probability)[..., None]
+        out = (out + self.residual(h_BLD)).to(x.dtype)
+        h = out.transpose(1, 2).unflatten(2, grid)
+        for block in self.decoder:
+            h = block(h, scaffold_condition)
+        h = self.decoder_norm(h.flatten(2).transpose(1, 2))
+        shift, scale = self.proj_out_1(conditions[0])[:, None].chunk(2, dim=-1)
+        h = self.proj_out_2(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        return h.transpose(1, 2).unflatten(2, grid), routing
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Save the config, and this file beside it: stock diffusers never copies code."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        target = Path(save_directory) / f"{MODULE_NAME}.py"
+        if Path(__file__).resolve() != target.resolve():
+            shutil.copyfile(__file__, target)
+
+
+# Local code files of diffusers share one flat namespace: the content hash keeps two exports with different code apart.
+MODULE_NAME = "chunked_dit_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+sys.modules[MODULE_NAME] = sys.modules[__name__]
+ChunkedDiT.__module__ = MODULE_NAME
