@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from upcycle.graft.lazy import Piece, rows
+from upcycle.sources.tensors import LazyTensor
 
 _RENAMES = [
     (r"x_embedder\.proj\.", "conv_in."),
@@ -27,16 +27,17 @@ _RENAMES = [
 _QKV = re.compile(r"hnet\.main_network\.main_network\.layers\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
-def from_authors(tensors: Mapping) -> dict[str, Piece]:
+def from_authors(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Lazily rename the authors' tensors; the fused qkv is split, the fixed position embedding dropped."""
-    out: dict[str, Piece] = {}
+    out: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         if name == "pos_embed":
             continue
         if match := _QKV.fullmatch(name):
             third = tensor.shape[0] // 3
             for i, part in enumerate("qkv"):
-                out[f"transformer_blocks.{match[1]}.attn1.to_{part}.{match[2]}"] = rows(tensor, i * third, third)
+                new = f"transformer_blocks.{match[1]}.attn1.to_{part}.{match[2]}"
+                out[new] = tensor.rows(new, i * third, (i + 1) * third)
             continue
         new = next((re.sub(f"^{old}", to, name) for old, to in _RENAMES if re.match(old, name)), name)
         out[new] = tensor

@@ -15,7 +15,6 @@ sample of the batch), C latent channels, O output channels, D block width, E sca
 
 import hashlib
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
+
+# Read once: what is saved later is the code that runs. diffusers keeps local code files in one flat namespace; the
+# content hash in the name keeps two exports with different code apart.
+_CODE = Path(__file__).read_bytes()
+MODULE_NAME = "chunked_dit_" + hashlib.sha256(_CODE).hexdigest()[:12]
 
 KERNEL_CUTOFF = 6  # in standard deviations: exp(-6**2 / 2) = 1.5e-8, below what fp32 sees beside 1
 LATTICE = (1.5, 0.0, -2.0)  # router prior: on (0,0) mod 2p, on the rest of the teacher's grid, elsewhere
@@ -335,8 +339,9 @@ def smooth(
     radius = min(math.ceil(KERNEL_CUTOFF * sigma), max(grid) - 1)
     offset = torch.arange(-radius, radius + 1, device=h.device, dtype=torch.float32)
     kernel = torch.exp(-(offset**2) / (2 * sigma**2))
-    plane = F.conv2d(plane, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-    plane = F.conv2d(plane, kernel.view(1, 1, 1, -1), padding=(0, radius))
+    with torch.autocast(h.device.type, enabled=False):
+        plane = F.conv2d(plane, kernel.view(1, 1, -1, 1), padding=(radius, 0))
+        plane = F.conv2d(plane, kernel.view(1, 1, 1, -1), padding=(0, radius))
     total = gather_tokens(plane.view(batch, width + 1, -1).transpose(1, 2), index)
     return p * h + (1 - p) * total[..., :-1] / (total[..., -1:] + 1e-8)
 
@@ -853,13 +858,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save the config, and this file beside it: stock diffusers never copies code."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{MODULE_NAME}.py").write_bytes(_CODE)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        target = Path(save_directory) / f"{MODULE_NAME}.py"
-        if Path(__file__).resolve() != target.resolve():
-            shutil.copyfile(__file__, target)
 
 
-# Local code files of diffusers share one flat namespace: the content hash keeps two exports with different code apart.
-MODULE_NAME = "chunked_dit_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 sys.modules[MODULE_NAME] = sys.modules[__name__]
 ChunkedDiT.__module__ = MODULE_NAME

@@ -1,0 +1,57 @@
+"""`upcycle finetune`: post-train a converted model from a recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EPILOG = """
+[bold]Examples[/bold]\n
+  upcycle finetune recipes/digits.yaml\n
+  upcycle finetune recipes/xl4.yaml --set steps=1000 --set out=runs/try\n
+  upcycle finetune recipes/xl4.yaml --resume\n
+  accelerate launch --num_processes 8 -m upcycle finetune recipes/xl4.yaml\n
+"""
+
+
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/ holds examples.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as losses.ratio=0.05.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Teach a converted model where tokens are needed; the result is an export like that of `convert`."""
+    from upcycle.recipe import load_recipe
+
+    checked = load_recipe(recipe, set_ or [])
+
+    from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout
+
+    quiet_libraries()
+    with stderr.status(f"preparing {checked.out}"):
+        from upcycle.training import loop, run
+
+        prepared = run.prepare(checked, resume=resume)
+    last: dict[str, float] = {}
+    with progress() as bar:
+        task = bar.add_task("finetune", total=checked.steps)
+
+        def on_step(row: dict[str, Any]) -> None:
+            last.update(row)
+            text = f"loss {row['loss']:.4f}  ratio {row['ratio']:.2f}  tokens {row['tokens_kept']:.0f}"
+            bar.update(task, completed=row["step"], description=text)
+
+        try:
+            export = run.finetune(prepared, resume=resume, on_step=on_step)
+        except loop.Interrupted as interrupted:
+            bar.stop()
+            stderr.print(f"saved at step {interrupted}; go on with: upcycle finetune {recipe} --resume")
+            raise typer.Exit(130) from None
+    if as_json:
+        print_json({"out": str(export), "log": str(prepared.out / "log.csv"), **last})
+        return
+    stdout.print(f"log: {prepared.out / 'log.csv'}")
+    stdout.print(f"[bold]{export}[/bold]")
+

@@ -1,0 +1,117 @@
+"""`upcycle sample`: draw a grid from a teacher or a student."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from upcycle.errors import UpcycleError
+
+EPILOG = """
+[bold]Examples[/bold]\n
+  upcycle sample upcycle-demo/pipeline --classes 0,1,2,3 --seed 7 -o samples\n
+  upcycle sample DiT-XL-2-256-dc4 --classes 207,360 --num 8 --tail-drop 0.4 -o samples\n
+  upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --steps 250 -o teacher\n
+"""
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="An export, a DiT pipeline folder, or a Hub id.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Class ids or names, separated by commas; names may hold no comma. Default: the first ten."),
+    ] = None,
+    num: Annotated[int, typer.Option(help="Images per class.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 4.0,
+    tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Share of the kept tokens to drop, 0 to 1.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 16,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Output folder: samples.png and one PNG an image.")] = Path(
+        "samples"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
+) -> None:
+    """Draw samples; the same seed starts from the same noise for teacher and student."""
+    if not 0 <= tail_drop < 1:
+        raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
+    for name, value in (("--num", num), ("--steps", steps), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UpcycleError(f"{name} {value} must be at least 1")
+    if steps > 1000:
+        raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
+
+    from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout
+
+    quiet_libraries()
+    with stderr.status(f"loading {model}"):
+        import torch
+
+        from upcycle.models.chunked_dit import ChunkedDiT
+        from upcycle.output import check_output, new_folder
+        from upcycle.sampling.draw import TokenCounter, draw
+        from upcycle.sampling.grid import save_grid
+        from upcycle.sampling.pipeline import class_count, load_pipeline
+
+        check_output(out, force)
+        pipe = load_pipeline(model, revision)
+        labels = _parse_classes(classes, pipe.labels, class_count(pipe))
+        student = isinstance(pipe.transformer, ChunkedDiT)
+        if tail_drop and not student:
+            raise UpcycleError(f"{model} is a fixed-patch DiT: there is no tail to drop; leave out --tail-drop")
+        if student:
+            pipe.transformer.set_tail_drop(tail_drop)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            pipe.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise UpcycleError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    images, kept = [], []
+    with progress() as bar:
+        task = bar.add_task("sampling", total=len(batches) * steps)
+        hook = pipe.transformer.register_forward_hook(lambda *_: bar.advance(task))
+        for batch in batches:
+            counter = TokenCounter(pipe.transformer, len(batch)) if student else None
+            batch_labels, batch_seeds = [label for label, _ in batch], [seed for _, seed in batch]
+            images.append(draw(pipe, batch_labels, batch_seeds, steps, guidance_scale).cpu())
+            if counter:
+                counter.remove()
+                kept += [n for step in counter.kept for n in step]
+        hook.remove()
+    grid = torch.cat(images)
+    with new_folder(out, force) as folder:
+        save_grid(grid, folder / "samples.png", columns=num if num > 1 else min(len(jobs), 10))
+        for image, (label, image_seed) in zip(grid, jobs, strict=True):
+            save_grid(image[None], folder / f"class{label:04d}-seed{image_seed}.png", columns=1)
+    size = pipe.transformer.config.sample_size**2
+    mean_kept = sum(kept) / len(kept) if kept else None
+    if as_json:
+        print_json({"out": str(out), "images": len(jobs), "tokens_kept": mean_kept, "positions": size})
+        return
+    if mean_kept is not None:
+        stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
+    stdout.print(f"[bold]{out / 'samples.png'}[/bold]  {len(jobs)} images")
+
+
+def _parse_classes(text: str | None, names: dict[str, int], count: int) -> list[int]:
+    if text is None:
+        return list(range(min(10, count)))
+    labels = []
+    for part in (part.strip() for part in text.split(",")):
+        if part in names and not part.isdigit():
+            labels.append(names[part])
+            continue
+        try:
+            label = int(part)
+        except ValueError:
+            raise UpcycleError(f"--classes {part!r} is neither a class id nor a class name of this model") from None
+        if not 0 <= label < count:
+            raise UpcycleError(f"--classes {label} is out of range; this model has classes 0 to {count - 1}")
+        labels.append(label)
+    return labels

@@ -1,0 +1,97 @@
+"""FLOPs in the papers' counting: 2 per multiply-add of every matrix product and convolution, attention at the actual
+lengths, H * M^2 * (4 d_h + 3) per sample (DC-DiT, "FLOPs accounting"; their code counts exactly this).
+
+Everything is per sample and per forward; an image costs the sum over its sampling steps (the papers: 250, unguided).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+PAPER_STEPS = 250
+TAIL_DROPS = (0.0, 0.3, 0.6)
+
+
+def block_flops(width: int, heads: int, layers: int, tokens: float) -> float:
+    """The transformer blocks on ``tokens`` tokens: qkv, output, MLP, attention and the modulation of each block."""
+    linear = 24 * width**2 * tokens
+    attention = heads * tokens**2 * (4 * (width // heads) + 3)
+    return layers * (linear + attention + 12 * width**2)
+
+
+def embedder_flops(width: int) -> float:
+    """The timestep MLP."""
+    return 2 * (256 * width + width**2)
+
+
+def dit_flops(config: Mapping[str, Any]) -> float:
+    """One forward of one sample of a stock DiT (keys as in `upcycle.sources.DiTConfig`)."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    patch, tokens = config["patch_size"], (config["sample_size"] // config["patch_size"]) ** 2
+    ends = 2 * patch**2 * width * (config["in_channels"] + config["out_channels"]) * tokens
+    head = 4 * width**2
+    return (
+        block_flops(width, config["num_attention_heads"], config["num_layers"], tokens)
+        + embedder_flops(width)
+        + ends
+        + head
+    )
+
+
+def _res_block(width_in: int, width_out: int, condition: int, positions: int) -> float:
+    inner = min(width_in, width_out)
+    skip = width_in * width_out if width_in != width_out else 0
+    return 2 * positions * (9 * inner * (width_in + width_out) + skip) + 2 * condition * inner
+
+
+def _router(config: Mapping[str, Any], width: int, bottleneck: int, positions: int) -> float:
+    if config["router"] == "predictability":
+        return 2 * positions * (width * bottleneck + 18 * bottleneck**2 + bottleneck)
+    if config["router"] == "cosine":
+        return 4 * positions * width**2
+    return 0.0
+
+
+def _smoothing(width: int, sigma: float, side: int, positions: int) -> float:
+    taps = 2 * min(-(-int(6 * sigma * 1000) // 1000), side - 1) + 1
+    return 2 * positions * (width + 1) * 2 * taps
+
+
+def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, float]:
+    """One forward of one sample of a `ChunkedDiT` with ``tokens`` kept tokens, by part; the sum is the total."""
+    heads, layers, side = config["num_attention_heads"], config["num_layers"], config["sample_size"]
+    width = heads * config["attention_head_dim"]
+    narrow = config["scaffold_width"] or width // 4
+    positions, patch = side**2, config["patch_size"]
+    c_in, c_out = config["in_channels"], config["out_channels"]
+    parts = {
+        "embed": embedder_flops(width) * config["num_embedders"] + 18 * c_in * narrow * positions,
+        "blocks": block_flops(width, heads, layers, tokens),
+    }
+    if config["scaffold"] == "lean":
+        bottleneck = -(-narrow // 16) * 8
+        parts["encoder"] = config["encoder_layers"] * _res_block(narrow, narrow, width, positions)
+        parts["router"] = _router(config, narrow, bottleneck, positions) + 4 * width * bool(
+            config["router"] in ("predictability", "cosine")
+        )
+        parts["chunk"] = 2 * tokens * width * (patch**2 * c_in + narrow)
+        parts["head"] = 4 * width**2 + 2 * tokens * width * (patch**2 * c_out + 1)
+        parts["dechunk"] = 2 * tokens * width * narrow + _smoothing(narrow, config["smoothing_sigma"], side, positions)
+        base = 2 * positions * (narrow**2 + 9 * (c_in + c_out + 3) * narrow + 9 * narrow * c_out)
+        parts["decoder"] = base + config["decoder_layers"] * _res_block(narrow, narrow, width, positions)
+        return parts
+    widths = [narrow] * config["encoder_layers"] + [width]
+    parts["encoder"] = sum(_res_block(a, b, width, positions) for a, b in zip(widths, widths[1:], strict=False))
+    parts["router"] = _router(config, width, width // 4, positions)
+    parts["dechunk"] = _smoothing(width, config["smoothing_sigma"], side, positions) + 2 * positions * width**2
+    decoder = [width] + [narrow] * config["decoder_layers"]
+    parts["decoder"] = sum(_res_block(a, b, width, positions) for a, b in zip(decoder, decoder[1:], strict=False))
+    parts["head"] = 4 * width * narrow + 2 * positions * narrow * c_out
+    return parts
+
+
+def student_flops_by_tail_drop(config: Mapping[str, Any], steps: int = PAPER_STEPS) -> dict[str, float]:
+    """FLOPs per image at tail drop 0, 0.3 and 0.6 with the router at its target ratio, unguided, over ``steps``."""
+    kept = config["sample_size"] ** 2 / config["ratio"]
+    return {
+        f"{rho:g}": steps * sum(chunked_dit_flops(config, kept - int(kept * rho)).values()) for rho in TAIL_DROPS
+    }

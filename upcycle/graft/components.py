@@ -1,0 +1,50 @@
+"""What a bare checkpoint lacks for sampling: a VAE, and the scheduler that DiT pipelines ship."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+from diffusers import DDIMScheduler
+
+from upcycle.errors import UpcycleError
+from upcycle.sources import DiTConfig, Source, hub
+
+
+def with_vae(source: Source, spec: str) -> Source:
+    """The source with a VAE from a folder or a Hub id, and a DDIM scheduler if it has none.
+
+    ``spec`` may be the VAE's own folder or repository, or a pipeline's with a ``vae`` folder.
+
+    Raises:
+        UpcycleError: no VAE there, or one whose latents have other channels than the model takes.
+    """
+    folder = _vae_folder(spec)
+    config = json.loads((folder / "config.json").read_text())
+    channels = config.get("latent_channels", config.get("in_channels"))
+    assert isinstance(source.config, DiTConfig) or source.kind == "dc-dit"
+    if channels != source.config.in_channels:
+        raise UpcycleError(
+            f"--vae {spec} makes latents of {channels} channels and {source.spec} takes {source.config.in_channels}; "
+            "choose the VAE that the model was trained with"
+        )
+    components = {**source.components, "vae": folder}
+    if "scheduler" not in components:
+        # Meta's schedule; kept in a temporary folder until the conversion copies it.
+        made = Path(tempfile.mkdtemp(prefix="upcycle-scheduler-"))
+        DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False).save_pretrained(made)
+        components["scheduler"] = made
+    return dataclasses.replace(source, components=components)
+
+
+def _vae_folder(spec: str) -> Path:
+    folder = Path(spec)
+    if not folder.exists():
+        if not hub.is_hub_id(spec):
+            raise UpcycleError(f"--vae {spec}: no such folder, and no Hub id (owner/name) either; check it")
+        folder = hub.fetch_vae(spec)
+    for candidate in (folder, folder / "vae"):
+        config = candidate / "config.json"
+        if config.is_file() and json.loads(config.read_text()).get("_class_name", "").startswith("Autoencoder"):
+            return candidate
+    raise UpcycleError(f"--vae {spec} holds no VAE: neither config.json nor vae/config.json names an Autoencoder")

@@ -1,0 +1,25 @@
+"""Write a trained student as the same kind of folder that `convert` writes."""
+
+import json
+import shutil
+from pathlib import Path
+
+from upcycle.models import chunked_dit
+from upcycle.output import new_folder
+
+
+def export_student(student: chunked_dit.ChunkedDiT, start: Path, out: Path) -> None:
+    """Save ``student`` to ``out``, with the other components of the export ``start`` that it grew from.
+
+    An earlier export in ``out`` is replaced once the new one is complete.
+    """
+    with new_folder(out, force=True, keep=(start,)) as folder:
+        student.save_pretrained(folder / "transformer", max_shard_size="10GB")
+        for name in ("vae", "scheduler"):
+            if (start / name).is_dir():
+                shutil.copytree(start / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        if (start / "model_index.json").is_file():
+            index = json.loads((start / "model_index.json").read_text())
+            index["auto_map"] = {"AutoModel": f"{chunked_dit.MODULE_NAME}.ChunkedDiT"}
+            index["transformer"] = [chunked_dit.MODULE_NAME, "ChunkedDiT"]
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,283 @@
+"""What a conversion will make, decided before anything is written: the student's config, its tensors, what they cost."""
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from upcycle.errors import UpcycleError
+from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
+from upcycle.graft import exact, paper
+from upcycle.graft.dcdit_names import from_authors
+from upcycle.graft.embedders import merge_embedders
+from upcycle.graft.writer import Piece, nbytes
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.sources import DCDiTConfig, DiTConfig, Source, check_finite
+
+INITS = ("exact", "paper")
+SCAFFOLDS = ("lean", "paper")
+ROUTERS = ("predictability", "cosine", "random", "grid")
+TIME_EMBEDDINGS = ("diffusers", "meta")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of a conversion, named as on the command line; None means the default that the source implies."""
+
+    ratio: float | None = None
+    init: str = "exact"
+    scaffold: str | None = None
+    router: str = "predictability"
+    time_embedding: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FreshTensor:
+    """A tensor that the source does not hold."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class ReusedTensor:
+    """A tensor of the source, checked for NaN and infinity when it is read."""
+
+    name: str
+    source: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        tensor = self.source.load()
+        check_finite(self.name, tensor)
+        return tensor
+
+
+@dataclass
+class Plan:
+    """A conversion, ready to be carried out by `upcycle.graft.convert`."""
+
+    source: Source
+    options: Options
+    config: dict[str, Any]
+    pieces: dict[str, Piece]
+    reused: list[str]
+    exact: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        count = {name: math.prod(piece.shape) for name, piece in self.pieces.items()}
+        reused = sum(count[name] for name in self.reused)
+        return {"reused": reused, "fresh": sum(count.values()) - reused}
+
+    @property
+    def bytes(self) -> int:
+        components = (f for folder in self.source.components.values() for f in folder.rglob("*") if f.is_file())
+        return sum(map(nbytes, self.pieces.values())) + sum(f.stat().st_size for f in components)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak resident bytes of writing: this process now, the fresh tensors, two of the largest tensor."""
+        now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return now + 2 * max(map(nbytes, self.pieces.values()))
+
+    @property
+    def flops_per_image(self) -> dict[str, Any]:
+        """FLOPs per image over 250 unguided steps: the teacher's (None where there is none) and the student's by rho."""
+        config = self.source.config
+        teacher = PAPER_STEPS * dit_flops(vars(config)) if isinstance(config, DiTConfig) else None
+        return {"teacher": teacher, "student": student_flops_by_tail_drop(self.config)}
+
+
+def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `ChunkedDiT` config with every default filled in."""
+    with torch.device("meta"):
+        model = ChunkedDiT(**{**config, "num_layers": 0})
+    registered = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    return {**registered, "num_layers": config["num_layers"]}
+
+
+def make_plan(source: Source, options: Options) -> Plan:
+    """Decide everything about a conversion; raises `UpcycleError` for a choice that cannot be made."""
+    for name, value, allowed in (
+        ("--init", options.init, INITS),
+        ("--scaffold", options.scaffold, (None, *SCAFFOLDS)),
+        ("--router", options.router, ROUTERS),
+        ("--time-embedding", options.time_embedding, (None, *TIME_EMBEDDINGS)),
+    ):
+        if value not in allowed:
+            raise UpcycleError(f"{name} {value} is unknown; choose one of {', '.join(a for a in allowed if a)}")
+    if isinstance(source.config, DCDiTConfig):
+        return _plan_authors(source, source.config, options)
+    return _plan_graft(source, source.config, options)
+
+
+def _ratio(options: Options, teacher: DiTConfig) -> float:
+    positions = teacher.sample_size**2
+    ratio = float(teacher.patch_size**2) if options.ratio is None else options.ratio
+    if not math.isfinite(ratio) or ratio <= 1:
+        raise UpcycleError(f"--ratio {ratio:g} keeps every token or more; it must be greater than 1 (4 is usual)")
+    if ratio > positions:
+        raise UpcycleError(
+            f"--ratio {ratio:g} is larger than the grid of {teacher.sample_size}x{teacher.sample_size} = "
+            f"{positions} positions; choose a smaller one"
+        )
+    if options.router == "grid" and round(ratio**0.5) ** 2 != ratio:
+        raise UpcycleError(f"--router grid needs a square --ratio (4, 9, 16 ...), got {ratio:g}")
+    return ratio
+
+
+def _plan_graft(source: Source, teacher: DiTConfig, options: Options) -> Plan:
+    scaffold = options.scaffold or ("lean" if options.init == "exact" else "paper")
+    if (options.init, scaffold) not in (("exact", "lean"), ("paper", "paper")):
+        raise UpcycleError(
+            f"--init {options.init} does not go with --scaffold {scaffold}: the exact start needs the lean scaffold, "
+            "the paper's start the paper's"
+        )
+    if scaffold == "paper" and options.router == "grid":
+        raise UpcycleError("--router grid does not go with --scaffold paper; choose predictability, cosine or random")
+    ratio = _ratio(options, teacher)
+    tensors, num_embedders = merge_embedders(source.tensors)
+    lean = scaffold == "lean"
+    if not lean:
+        tensors = {n: t for n, t in tensors.items() if n.startswith(("embedders.", "transformer_blocks."))}
+    time_embedding = options.time_embedding or teacher.time_embedding
+    norm_eps = teacher.norm_eps
+    if time_embedding != teacher.time_embedding:
+        norm_eps = 1e-6 if time_embedding == "meta" else 1e-5
+    config = full_config(
+        {
+            "num_attention_heads": teacher.num_attention_heads,
+            "attention_head_dim": teacher.attention_head_dim,
+            "in_channels": teacher.in_channels,
+            "out_channels": teacher.out_channels,
+            "num_layers": teacher.num_layers,
+            "sample_size": teacher.sample_size,
+            "num_classes": teacher.num_classes,
+            "patch_size": teacher.patch_size if lean else 1,
+            "norm_eps": norm_eps,
+            "time_embedding": time_embedding,
+            "num_embedders": num_embedders,
+            "scaffold": scaffold,
+            "ratio": ratio,
+            "router": options.router,
+            "smoothing_sigma": max(1.0, teacher.sample_size / 32),
+            "condition_adaptor": not lean,
+            **_schedule(source),
+            "sample_range": _sample_range(source),
+        }
+    )
+    reused = {name: ReusedTensor(name, tensor) for name, tensor in tensors.items()}
+    fresh = _fresh(config, exact.initialise if lean else paper.initialise, options.seed, next(iter(reused.values())))
+    notes = list(source.notes)
+    if num_embedders > 1:
+        notes.append(f"the blocks' embedders differ: {num_embedders} copies are kept instead of one")
+    same_grid = lean and ratio == teacher.patch_size**2
+    if same_grid and options.router != "random":
+        notes.append(
+            f"ratio {ratio:g} keeps as many tokens as the teacher's patches: savings come from tail dropping "
+            "(--tail-drop), Lite-CFG or a higher ratio"
+        )
+    return Plan(
+        source=source,
+        options=options,
+        config=config,
+        pieces={**reused, **{name: piece for name, piece in fresh.items() if name not in reused}},
+        reused=list(reused),
+        exact=same_grid and options.router != "random" and time_embedding == teacher.time_embedding,
+        notes=notes,
+    )
+
+
+def _plan_authors(source: Source, theirs: DCDiTConfig, options: Options) -> Plan:
+    if options != Options(seed=options.seed):
+        raise UpcycleError(
+            f"{source.spec} is a DC-DiT already and is exported as it is; leave out --ratio, --init, --scaffold, "
+            "--router and --time-embedding"
+        )
+    config = full_config(
+        {
+            "num_attention_heads": theirs.heads,
+            "attention_head_dim": theirs.d_model // theirs.heads,
+            "in_channels": theirs.in_channels,
+            "out_channels": theirs.out_channels,
+            "num_layers": theirs.layers,
+            "sample_size": theirs.sample_size,
+            "num_classes": theirs.num_classes,
+            "patch_size": 1,
+            "norm_eps": 1e-6,
+            "time_embedding": "meta",
+            "scaffold": "paper",
+            "scaffold_width": theirs.enc_dec_dim,
+            "encoder_layers": theirs.encoder_layers,
+            "decoder_layers": theirs.decoder_layers,
+            "smoothing_sigma": theirs.sigma,
+        }
+    )
+    pieces: dict[str, Piece] = {
+        name: ReusedTensor(name, tensor) for name, tensor in from_authors(source.tensors).items()
+    }
+    return Plan(source, options, config, pieces, reused=list(pieces), exact=False, notes=list(source.notes))
+
+
+def _fresh(config: dict[str, Any], initialise, seed: int, like: Piece) -> dict[str, Piece]:
+    """The scaffold's own tensors, made from ``seed`` without the blocks, in the precision of the source."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ChunkedDiT(**{**config, "num_layers": 0, "num_embedders": 0})
+        initialise(model)
+    keep = ChunkedDiT._keep_in_fp32_modules
+    return {
+        name: FreshTensor(tensor if name.startswith(keep) else tensor.to(like.dtype))
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _component_config(source: Source, component: str, file: str) -> dict[str, Any]:
+    folder = source.components.get(component)
+    return json.loads((folder / file).read_text()) if folder and (folder / file).is_file() else {}
+
+
+def _schedule(source: Source) -> dict[str, Any]:
+    """The noise schedule of the teacher's scheduler; DiT's own where the source has none."""
+    theirs = _component_config(source, "scheduler", "scheduler_config.json")
+    if theirs.get("prediction_type", "epsilon") != "epsilon":
+        raise UpcycleError(
+            f"{source.spec} predicts {theirs['prediction_type']}; only epsilon prediction can be converted so far"
+        )
+    if theirs.get("beta_schedule", "linear") not in ("linear", "scaled_linear") or theirs.get("trained_betas"):
+        raise UpcycleError(
+            f"{source.spec} has the noise schedule {theirs.get('beta_schedule')}; linear and scaled_linear can be converted"
+        )
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+    return {key: theirs[key] for key in keys if key in theirs}
+
+
+def _sample_range(source: Source) -> float:
+    """Clamp of x0 estimates: pixels are in [-1, 1], scaled VAE latents within about 5 standard deviations."""
+    vae = _component_config(source, "vae", "config.json")
+    return 1.0 if vae and vae.get("_class_name") == "IdentityVAE" else 5.0

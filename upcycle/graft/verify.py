@@ -1,0 +1,108 @@
+"""Measure how far a converted model is from its teacher: the stock model, computed by diffusers itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+from upcycle.graft.embedders import _COPY
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.sources import DiTConfig, Source
+
+EXACT_TOLERANCE = 1e-5
+TIMESTEPS = (999, 960, 800, 600, 400, 200, 40, 0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Student against teacher, fp32. ``max_abs`` over all outputs; ``by_timestep`` the relative root mean square."""
+
+    max_abs: float
+    by_timestep: dict[int, float]
+    tokens_kept: float
+
+
+def load_teacher(source: Source) -> DiTTransformer2DModel:
+    """The stock diffusers model of a source, fp32, in eval mode; Meta's conventions are set for a ``.pt``."""
+    c = source.config
+    assert isinstance(c, DiTConfig)
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(
+            num_attention_heads=c.num_attention_heads,
+            attention_head_dim=c.attention_head_dim,
+            in_channels=c.in_channels,
+            out_channels=c.out_channels,
+            num_layers=c.num_layers,
+            sample_size=c.sample_size,
+            patch_size=c.patch_size,
+            num_embeds_ada_norm=c.num_classes,
+            norm_eps=c.norm_eps,
+        )
+    expected = list(model.state_dict())
+    state = {name: tensor.load().float() for name, tensor in source.tensors.items()}
+    for name in expected:
+        if name not in state and (match := _COPY.fullmatch(name)):
+            state[name] = state[f"transformer_blocks.0.norm1.emb.{match[2]}"]
+    model.load_state_dict(state, assign=True)
+    # The position table is not in the weights: made on the meta device it must be made again.
+    model.pos_embed = type(model.pos_embed)(
+        height=c.sample_size, width=c.sample_size, patch_size=c.patch_size, in_channels=c.in_channels,
+        embed_dim=c.hidden_size,
+    )  # fmt: skip
+    model.pos_embed.load_state_dict(
+        {"proj.weight": state["pos_embed.proj.weight"], "proj.bias": state["pos_embed.proj.bias"]}
+    )
+    if c.time_embedding == "meta":
+        for block in model.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model.eval().requires_grad_(False)
+
+
+def load_student(folder: Path) -> ChunkedDiT:
+    """The converted transformer of an export, fp32, in eval mode."""
+    return ChunkedDiT.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def measure_difference(
+    teacher: DiTTransformer2DModel,
+    student: ChunkedDiT,
+    *,
+    seed: int = 0,
+    step: Callable[[], None] = lambda: None,
+) -> Difference:
+    """Compare both on noisy samples of the teacher itself, at eight timesteps, over classes and the null class.
+
+    The clean samples are the teacher's own from a few DDIM steps, so that the router meets images and not only noise.
+    """
+    c = teacher.config
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.tensor([0, c.num_embeds_ada_norm // 2, c.num_embeds_ada_norm - 1, c.num_embeds_ada_norm])
+    labels = classes[:2] if c.num_layers > 12 else classes
+    shape = (len(labels), c.in_channels, c.sample_size, c.sample_size)
+    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    scheduler.set_timesteps(8)
+    x0 = torch.randn(shape, generator=generator)
+    for t in scheduler.timesteps:
+        x0 = scheduler.step(teacher(x0, t.expand(len(labels)), labels).sample[:, : c.in_channels], t, x0).prev_sample
+        step()
+    # Random weights make wild samples; real ones are within a few standard deviations already.
+    x0 = x0 / x0.std().clamp(min=1)
+    largest, kept, by_timestep = 0.0, 0.0, {}
+    for i, t in enumerate(TIMESTEPS):
+        timestep = torch.full((len(labels),), t)
+        x_t = scheduler.add_noise(x0, torch.randn(shape, generator=generator), timestep)
+        y = classes[torch.arange(len(labels)) + i & 3]
+        expected = teacher(x_t, timestep, y).sample
+        got = student(x_t, timestep, y)
+        error = got.sample - expected
+        largest = max(largest, error.abs().max().item())
+        by_timestep[t] = (error.square().mean() / expected.square().mean()).sqrt().item()
+        kept += got.routing.mask.sum(1).float().mean().item() / len(TIMESTEPS)
+        step()
+    return Difference(largest, by_timestep, kept)
+
+
+MEASURE_STEPS = 8 + len(TIMESTEPS)

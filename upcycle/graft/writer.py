@@ -1,0 +1,96 @@
+"""A safetensors writer that streams: one tensor in memory at a time (the library's writers want them all)."""
+
+import json
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+class Piece(Protocol):
+    """A tensor that is known before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def load(self) -> torch.Tensor: ...
+
+
+def nbytes(piece: Piece) -> int:
+    return torch.Size(piece.shape).numel() * piece.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path,
+    pieces: Iterable[tuple[str, Piece]],
+    metadata: dict[str, str],
+    written: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write ``pieces`` to one file; ``written`` is told the bytes of each tensor as it is done.
+
+    Tensors are ordered by element size, largest first, so that every one is aligned, as the format's own writer does.
+    """
+    ordered = sorted(pieces, key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for name, piece in ordered:
+        size = nbytes(piece)
+        header[name] = {
+            "dtype": DTYPE_NAMES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name, piece in ordered:
+            tensor = piece.load().contiguous()
+            assert tensor.shape == torch.Size(piece.shape), name
+            assert tensor.dtype == piece.dtype, name
+            file.write(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+            written(nbytes(piece))
+
+
+def write_weights(
+    folder: Path,
+    pieces: dict[str, Piece],
+    metadata: dict[str, str],
+    max_shard_bytes: int,
+    written: Callable[[int], None] = lambda n: None,
+) -> list[str]:
+    """Write a diffusers weights folder: one file, or shards with an index; returns the file names."""
+    shards: list[dict[str, Piece]] = [{}]
+    size = 0
+    for name, piece in pieces.items():
+        if shards[-1] and size + nbytes(piece) > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = piece
+        size += nbytes(piece)
+    stem = "diffusion_pytorch_model"
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", shards[0].items(), metadata, written)
+        return [f"{stem}.safetensors"]
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard.items(), metadata, written)
+    index = {
+        "metadata": {"total_size": sum(map(nbytes, pieces.values()))},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+    }
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [*names, f"{stem}.safetensors.index.json"]

@@ -1,0 +1,165 @@
+"""A training recipe: every option of `upcycle finetune`, strict. The YAML is this."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from upcycle.errors import UpcycleError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Convert(_Strict):
+    """How the student starts; the options of `upcycle convert`."""
+
+    ratio: Annotated[float, Field(gt=1)] | None = None
+    init: Literal["exact", "paper"] = "exact"
+    scaffold: Literal["lean", "paper"] | None = None
+    router: Literal["predictability", "cosine", "random", "grid"] = "predictability"
+    time_embedding: Literal["diffusers", "meta"] | None = None
+    revision: str | None = None
+
+
+class Losses(_Strict):
+    """Weights of the losses; 0 leaves one out.
+
+    ``diffusion``: MSE to the noise. ``distill``: MSE to the teacher's output, learned sigma included. ``ratio``: the
+    published ratio loss, averaged over ``ratio_group`` samples. ``router``: BCE of the boundary score against the
+    teacher's local detail; decays linearly to a third of its weight over the run.
+    """
+
+    diffusion: NonNegative = 1.0
+    distill: NonNegative = 1.0
+    ratio: NonNegative = 0.03
+    ratio_group: Annotated[int, Field(ge=1)] = 16
+    router: NonNegative = 0.5
+
+
+class Anneal(_Strict):
+    """From the teacher's grid to the learned router: the guide k falls to 0 over the first ``until`` of the steps."""
+
+    until: Fraction = 0.4
+    bias_rate: Fraction = 0.1
+
+
+class TailDrop(_Strict):
+    """Multi-budget training: from ``start`` (a share of the steps) on, each step draws one fraction for the batch."""
+
+    values: list[Annotated[float, Field(ge=0, lt=1)]] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    start: Fraction = 0.4
+
+
+class Optimizer(_Strict):
+    """AdamW. ``router_lr_scale`` multiplies the learning rate of the router's parameters."""
+
+    lr: Positive = 1e-4
+    warmup: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: NonNegative = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: Positive = 1.0
+    router_lr_scale: Positive = 10.0
+
+
+class Recipe(_Strict):
+    """One training run. Paths are relative to where the command runs.
+
+    ``teacher``: any source that `upcycle convert` takes, or ``digits`` for the shipped one. ``student``: an export to
+    start from; without it the teacher is converted first, with ``convert``. ``data``: ``digits``, or a folder of
+    ``*.safetensors`` shards with ``z0`` [N, C, H, W] and ``label`` [N].
+    """
+
+    teacher: str
+    student: str | None = None
+    convert: Convert = Convert()
+    data: str
+    out: str
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    seed: int = 0
+    label_dropout: Fraction = 0.1
+    freeze: list[Literal["embedders", "blocks", "head"]] = ["embedders"]
+    losses: Losses = Losses()
+    anneal: Anneal = Anneal()
+    tail_drop: TailDrop = TailDrop()
+    optimizer: Optimizer = Optimizer()
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    log_every: Annotated[int, Field(ge=1)] = 10
+    save_every: Annotated[int, Field(ge=1)] = 1000
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.student is not None and self.convert != Convert():
+            raise ValueError("student: start from an export, or convert the teacher, not both; leave out one of them")
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a YAML recipe; ``overrides`` are of the form "losses.ratio=0.05".
+
+    Raises:
+        UpcycleError: one line with every mistake in it; unknown keys come with the nearest right name.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UpcycleError(f"recipe {path} does not exist; recipes/ holds examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcycleError(f"recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UpcycleError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UpcycleError(f"recipe {path} must be a mapping of options such as 'steps: 1000'")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UpcycleError(f"--set {override} is not of the form key=value, such as losses.ratio=0.05")
+        *parents, leaf = key.split(".")
+        target = content
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise UpcycleError(f"--set {override}: {parent} is not a group of options")
+        target[leaf] = yaml.safe_load(value)
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: dict[str, Any], name: str) -> Recipe:
+    """Check the options of a recipe; raises `UpcycleError` with every mistake in one line."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        mistakes = [_describe(e) for e in error.errors()]
+        raise UpcycleError(f"recipe {name}: " + "; ".join(mistakes)) from error
+
+
+def _describe(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _keys(error["loc"][:-1]), n=1, cutoff=0.5)
+        return f"unknown key '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
+    if error["type"] == "missing":
+        return f"'{where}' is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"'{where}' is {error['input']!r}: {message}" if where else message
+
+
+def _keys(path: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), None)
+    return list(model.model_fields) if model and issubclass(model, BaseModel) else []

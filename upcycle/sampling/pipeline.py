@@ -1,0 +1,76 @@
+"""Load a teacher or a student as a stock `DiTPipeline`, without running code from the folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from upcycle.errors import UpcycleError
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.models.identity_vae import IdentityVAE
+from upcycle.sampling.draw import clamp_null_class
+from upcycle.sources import hub
+
+TRANSFORMERS = {"ChunkedDiT": ChunkedDiT, "DiTTransformer2DModel": DiTTransformer2DModel}
+VAES = {"IdentityVAE": IdentityVAE, "AutoencoderKL": AutoencoderKL}
+SCHEDULERS = {
+    cls.__name__: cls for cls in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+}
+
+
+def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
+    """A pipeline folder, an export, or a Hub id -> `DiTPipeline` in fp32, in eval mode.
+
+    Code that lies beside the weights is not run: the classes of this package are used for what it exports.
+
+    Raises:
+        UpcycleError: nothing there, no pipeline, or a component that is not known.
+    """
+    folder = Path(spec)
+    if not folder.exists():
+        if not hub.is_hub_id(spec):
+            raise UpcycleError(f"{spec}: no such folder, and no Hub id (owner/name) either; check it")
+        folder, _ = hub.fetch(spec, revision=revision, variant=None)
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UpcycleError(f"{spec} is no pipeline: it has no transformer/config.json; give an export or a DiT pipeline")
+    if not (folder / "model_index.json").is_file():
+        raise UpcycleError(f"{spec} has no VAE and scheduler to sample with; convert its source again with --vae ID|DIR")
+    index = _read_json(folder / "model_index.json")
+    transformer = _load(spec, folder / "transformer", TRANSFORMERS, "config.json")
+    vae = _load(spec, folder / "vae", VAES, "config.json")
+    scheduler = _load(spec, folder / "scheduler", SCHEDULERS, "scheduler_config.json")
+    if isinstance(transformer, DiTTransformer2DModel):
+        clamp_null_class(transformer)
+    id2label = {int(k): v for k, v in index.get("id2label", {}).items()}
+    return DiTPipeline(transformer, vae, scheduler, id2label=id2label or None)
+
+
+def class_count(pipe: DiTPipeline) -> int:
+    """Classes of a pipeline's transformer, without the null class."""
+    c = pipe.transformer.config
+    return c.num_classes if "num_classes" in c else c.num_embeds_ada_norm
+
+
+def _load(spec: str, folder: Path, known: dict[str, Any], file: str) -> Any:
+    if not (folder / file).is_file():
+        raise UpcycleError(f"{spec} lacks {folder.name}/{file}, which sampling needs")
+    name = _read_json(folder / file).get("_class_name")
+    name = "DiTTransformer2DModel" if name == "Transformer2DModel" else name
+    if name not in known:
+        raise UpcycleError(f"{spec}: {folder.name} is a {name}; known are {', '.join(known)}")
+    try:
+        if folder.name == "scheduler":
+            return known[name].from_pretrained(folder)
+        return known[name].from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UpcycleError(f"{spec}: {folder.name} does not load: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UpcycleError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,262 @@
+"""Post-training: the student learns where tokens are needed while it stays close to its teacher.
+
+One step: noise a batch, ask the teacher (no gradient), let the student predict with the step's guide and tail drop,
+add up the losses, update. What a step draws comes from (seed, step) alone, so that a resumed run continues as if it
+had never stopped, on any number of ranks.
+"""
+
+import csv
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiTTransformer2DModel
+
+from upcycle.models.chunked_dit import ChunkedDiT, lattice_prior
+from upcycle.recipe import Recipe
+from upcycle.training import losses, schedule, state
+from upcycle.training.data import ShardedData, TensorData, batch_rows
+
+COLUMNS = (
+    "step", "loss", "diffusion", "distill", "ratio_loss", "router", "ratio", "tokens_kept", "tail_drop", "guide",
+    "bias", "lr", "grad_norm",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step: x0 and noise [b, C, H, W], timestep and label int64 [b]."""
+
+    x0: torch.Tensor
+    noise: torch.Tensor
+    timestep: torch.Tensor
+    label: torch.Tensor
+
+
+class Interrupted(Exception):
+    """The run was interrupted after a checkpoint was saved."""
+
+
+def draw_batch(
+    data: TensorData | ShardedData, recipe: Recipe, step: int, rank: int, ranks: int, timesteps: int, null_class: int
+) -> Batch:
+    """The global batch of ``step``, drawn alike on every rank; this rank's share is every ``ranks``-th row.
+
+    Labels are dropped here and not in the model: diffusers would draw anew in every block.
+    """
+    rows = batch_rows(len(data), recipe.batch_size, step, recipe.seed)
+    generator = torch.Generator().manual_seed((recipe.seed << 32) + step)
+    timestep = torch.randint(0, timesteps, (len(rows),), generator=generator)
+    dropped = torch.rand(len(rows), generator=generator) < recipe.label_dropout
+    noise = torch.randn(len(rows), *data.sample_shape, generator=generator)
+    mine = slice(rank, None, ranks)
+    x0, label = data.rows(rows[mine])
+    return Batch(x0, noise[mine], timestep[mine], torch.where(dropped[mine], null_class, label))
+
+
+def freeze(student: ChunkedDiT, parts: list[str]) -> None:
+    """Exclude parts of the teacher from training: its embedders, blocks or head."""
+    modules = {
+        "embedders": [student.embedders],
+        "blocks": [student.transformer_blocks],
+        "head": [student.proj_out_1, student.proj_out_2],
+    }
+    for part in parts:
+        for module in modules[part]:
+            module.requires_grad_(False)
+
+
+def make_optimizer(student: ChunkedDiT, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with the router in a group of its own, so that it can learn faster."""
+    router, rest = [], []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (router if name.startswith("routing_module.") else rest).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
+    if router:
+        groups.append({"params": router, "lr_scale": recipe.optimizer.router_lr_scale})
+    o = recipe.optimizer
+    return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+
+
+def train(
+    recipe: Recipe,
+    student: ChunkedDiT,
+    teacher: DiTTransformer2DModel,
+    data: TensorData | ShardedData,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_step: Callable[[dict[str, float]], None] = lambda row: None,
+) -> ChunkedDiT:
+    """Run a recipe; returns the student with its averaged weights, on the CPU, in fp32, with the guide at 0.
+
+    Writes ``out/log.csv`` and ``out/checkpoints``. ``on_step`` gets the row of every step.
+
+    Raises:
+        UpcycleError: nothing to resume from, or a checkpoint of another recipe.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    set_seed(recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    start_guide = student.guide
+    student.train()
+    freeze(student, recipe.freeze)
+    if recipe.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    optimizer = make_optimizer(student, recipe)
+    teacher = teacher.to(accelerator.device)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    run = state.RunState(student, recipe.ema)
+    accelerator.register_for_checkpointing(run)
+    if resume:
+        accelerator.load_state(str(state.newest(out / "checkpoints", recipe)))
+
+    with _Log(out / "log.csv", run.step, accelerator.is_main_process) as log, _StopSignal() as stop:
+        while run.step < recipe.steps:
+            row = _step(recipe, accelerator, model, student, teacher, optimizer, data, run, start_guide)
+            log.write(row, recipe.log_every)
+            on_step(row)
+            last = run.step == recipe.steps
+            if stop.caught or last or run.step % recipe.save_every == 0:
+                log.flush()
+                state.save(accelerator, out / "checkpoints", recipe, run.step)
+            if stop.caught and not last:
+                raise Interrupted(run.step)
+
+    student = accelerator.unwrap_model(model).cpu().float()
+    run.ema.to("cpu")
+    with torch.no_grad():
+        run.copy_to(student)
+    student.guide = 0.0
+    student.register_to_config(guide=0.0)
+    return student.eval().requires_grad_(False)
+
+
+def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, start_guide) -> dict[str, float]:
+    c, step, weight = student.config, run.step, recipe.losses
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    batch = draw_batch(data, recipe, step, rank, ranks, c.num_train_timesteps, c.num_classes)
+    x0, noise = batch.x0.to(device), batch.noise.to(device)
+    timestep, label = batch.timestep.to(device), batch.label.to(device)
+    alpha_bar = student.alpha_bar(timestep)
+    alpha = alpha_bar[:, None, None, None]
+    x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+    guide, rho = schedule.guide(recipe, step, start_guide), schedule.tail_drop(recipe, step)
+    lr = schedule.learning_rate(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+    bias = state.router_bias(student)
+    supervised = weight.router > 0 and bias is not None
+    with torch.inference_mode(), accelerator.autocast():
+        wanted = teacher(x_t, timestep, label).sample.float() if weight.distill > 0 or supervised else None
+    with accelerator.autocast():
+        out = model(x_t, timestep, label, tail_drop=rho, guide=guide)
+    sample, routing, channels = out.sample.float(), out.routing, c.in_channels
+
+    zero = sample.new_zeros(())
+    terms = {"diffusion": zero, "distill": zero, "ratio_loss": zero, "router": zero}
+    if weight.diffusion:
+        terms["diffusion"] = F.mse_loss(sample[:, :channels], noise)
+    if weight.distill:
+        terms["distill"] = F.mse_loss(sample, wanted.clone())
+    if weight.ratio and student.routing_module is not None:
+        terms["ratio_loss"] = losses.ratio_loss(routing, c.ratio, recipe.losses.ratio_group)
+    if supervised:
+        estimate = losses.predicted_x0(x_t, wanted[:, :channels].clone(), alpha_bar, c.sample_range)
+        prior = lattice_prior(*x_t.shape[-2:], c.patch_size, device)
+        terms["router"] = losses.router_loss(routing, losses.router_target(estimate, alpha_bar, prior, c.ratio))
+    loss = (
+        weight.diffusion * terms["diffusion"]
+        + weight.distill * terms["distill"]
+        + weight.ratio * terms["ratio_loss"]
+        + schedule.router_weight(recipe, step) * terms["router"]
+    )
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(student.parameters(), recipe.optimizer.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        if bias is not None:
+            logit = accelerator.gather(routing.logit.detach())
+            target = losses.bias_target(logit, bias, c.ratio)
+            bias.lerp_(target, recipe.anneal.bias_rate)
+        run.update(student)
+    run.step += 1
+
+    size = routing.mask.shape[1]
+    values = torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
+    kept = torch.stack([routing.mask_natural.float().mean(), routing.mask.float().mean()])
+    values, kept = (accelerator.reduce(v, reduction="mean").tolist() for v in (values, kept))
+    return {
+        "step": run.step,
+        **dict(zip(COLUMNS[1:6], values, strict=True)),
+        "ratio": 1 / kept[0],
+        "tokens_kept": size * kept[1],
+        "tail_drop": rho,
+        "guide": guide,
+        "bias": 0.0 if bias is None else bias.item(),
+        "lr": lr,
+        "grad_norm": float(norm),
+    }
+
+
+class _Log:
+    """log.csv: a row every ``log_every`` steps, averaged; on resume, rows past the checkpoint are cut off."""
+
+    def __init__(self, path: Path, step: int, active: bool):
+        self.path, self.active, self.pending = path, active, []
+        self.rows: list[dict[str, Any]] = []
+        if step and path.exists():
+            with path.open() as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+
+    def write(self, row: dict[str, float], every: int) -> None:
+        self.pending.append(row)
+        if row["step"] % every == 0:
+            mean = {key: sum(r[key] for r in self.pending) / len(self.pending) for key in row}
+            self.rows.append({key: f"{value:.6g}" for key, value in mean.items()} | {"step": row["step"]})
+            self.pending = []
+
+    def flush(self) -> None:
+        if not self.active:
+            return
+        partial = self.path.with_suffix(".csv.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.path)
+
+
+class _StopSignal:
+    """Remembers SIGINT and SIGTERM while a step finishes; a second one stops at once."""
+
+    def __enter__(self) -> "_StopSignal":
+        self.caught = False
+        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = True

@@ -1,0 +1,62 @@
+"""The losses of post-training. Shapes as in `upcycle.models.chunked_dit`: B batch, L positions."""
+
+import torch
+import torch.nn.functional as F
+
+from upcycle.models.chunked_dit import DETAIL_FLOOR, DETAIL_SCALE, Routing
+
+# Fewer tokens than this share of the target desaturate the noisiest steps (design, "from the grid to a learned router").
+LEAST_SHARE = 2 / 3
+
+
+def ratio_loss(routing: Routing, ratio: float, group: int) -> torch.Tensor:
+    """The published ratio loss (DC-DiT, "Losses"), a scalar.
+
+    N / (N - 1) * ((1 - r)(1 - p) + (N - 1) r p) with r the mean mask before tail dropping and p the mean probability,
+    each over ``group`` samples, then averaged over the groups. A last smaller group counts as one.
+    """
+    p = torch.stack([chunk.mean() for chunk in routing.probability.float().split(group)])
+    r = torch.stack([chunk.mean() for chunk in routing.mask_natural.float().split(group)])
+    return (ratio / (ratio - 1) * ((1 - r) * (1 - p) + (ratio - 1) * r * p)).mean()
+
+
+def local_deviation(x0: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each 3x3 neighbourhood, channels pooled: [B, C, H, W] -> [B, L]."""
+    mean = F.avg_pool2d(x0, 3, 1, 1, count_include_pad=False)
+    variance = (F.avg_pool2d(x0 * x0, 3, 1, 1, count_include_pad=False) - mean * mean).mean(1)
+    return variance.clamp(min=0).sqrt().flatten(1)
+
+
+def router_target(x0: torch.Tensor, alpha_bar: torch.Tensor, prior: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Where tokens should go: the top 1/N **of the whole batch** in visible detail; bool [B, L].
+
+    Detail is log(sqrt(alpha_bar) * local deviation of the teacher's x0 estimate + .03) / .8 plus the lattice prior [L].
+    Without sqrt(alpha_bar) tokens pile up at high noise. Every sample gets at least two thirds of its even share.
+
+    Args:
+        x0: the teacher's estimate, [B, C, H, W].
+        alpha_bar: [B].
+    """
+    detail = torch.log(alpha_bar.sqrt()[:, None] * local_deviation(x0) + DETAIL_FLOOR) / DETAIL_SCALE + prior
+    size = detail.shape[1]
+    target = detail >= detail.flatten().kthvalue(round(detail.numel() * (1 - 1 / ratio)) + 1).values
+    least = detail.topk(max(1, int(LEAST_SHARE * size / ratio)), dim=1).indices
+    return target.scatter(1, least, True)
+
+
+def router_loss(routing: Routing, target: torch.Tensor) -> torch.Tensor:
+    """BCE of the boundary score (without bias and guide) against `router_target`, a scalar."""
+    return F.binary_cross_entropy_with_logits(routing.score.float(), target.float())
+
+
+def predicted_x0(x_t: torch.Tensor, epsilon: torch.Tensor, alpha_bar: torch.Tensor, limit: float) -> torch.Tensor:
+    """x0 estimate of an epsilon prediction, clamped to +-limit; [B, C, H, W]."""
+    alpha = alpha_bar[:, None, None, None]
+    return ((x_t - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()).clamp(-limit, limit)
+
+
+def bias_target(logit: torch.Tensor, bias: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The bias at which exactly 1/N of these positions would be kept: minus the 1 - 1/N quantile without the bias."""
+    free = (logit.float() - bias).flatten().sort().values
+    cut = round(free.numel() * (1 - 1 / ratio))
+    return -(free[cut - 1] + free[cut]) / 2

@@ -1,0 +1,92 @@
+"""Checkpoints of a run: complete folders or nothing, made by accelerate, with what it does not know about."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from upcycle.errors import UpcycleError
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.recipe import Recipe
+
+# These may change between a run and its continuation.
+RESUMABLE_CHANGES = {"out", "log_every", "save_every", "keep_checkpoints"}
+
+
+class RunState:
+    """Everything beyond model and optimizer: the step, the EMA of the parameters, the EMA of the router's bias."""
+
+    def __init__(self, student: ChunkedDiT, decay: float):
+        self.step = 0
+        self.ema = EMAModel(student.parameters(), decay=decay)
+        bias = router_bias(student)
+        self.ema_bias = None if bias is None else bias.detach().clone()
+
+    def update(self, student: ChunkedDiT) -> None:
+        """Move the averages towards the student; call once a step."""
+        self.ema.step(student.parameters())
+        if self.ema_bias is not None:
+            self.ema_bias.lerp_(router_bias(student).to(self.ema_bias.device), 1 - self.ema.cur_decay_value)
+
+    def copy_to(self, student: ChunkedDiT) -> None:
+        """Overwrite the student's weights by their averages."""
+        self.ema.copy_to(student.parameters())
+        if self.ema_bias is not None:
+            router_bias(student).copy_(self.ema_bias)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "ema": self.ema.state_dict(), "ema_bias": self.ema_bias}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        device = self.ema.shadow_params[0].device
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(device)
+        self.ema_bias = None if state["ema_bias"] is None else state["ema_bias"].to(device)
+
+
+def router_bias(student: ChunkedDiT) -> torch.Tensor | None:
+    """The controller's bias of a lean, learned router; None for the others."""
+    return getattr(student.routing_module, "bias", None) if student.routing_module is not None else None
+
+
+def save(accelerator: Accelerator, folder: Path, recipe: Recipe, step: int) -> None:
+    """Write ``folder/step-NNNNNNN`` and drop the oldest beyond ``keep_checkpoints``. Call on every rank."""
+    partial, final = folder / f".partial-{step:07d}", folder / f"step-{step:07d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in checkpoints(folder)[: -recipe.keep_checkpoints]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def newest(folder: Path, recipe: Recipe) -> Path:
+    """The newest checkpoint; raises `UpcycleError` where there is none or it belongs to another recipe."""
+    found = checkpoints(folder)
+    if not found:
+        raise UpcycleError(f"{folder} holds no checkpoint to resume from; run without --resume")
+    theirs = json.loads((found[-1] / "recipe.json").read_text())
+    ours = json.loads(recipe.model_dump_json())
+    changed = [
+        f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
+        for key in ours
+        if key not in RESUMABLE_CHANGES and theirs.get(key) != ours[key]
+    ]
+    if changed:
+        raise UpcycleError(f"{found[-1]} belongs to another recipe: {'; '.join(changed)}")
+    return found[-1]
