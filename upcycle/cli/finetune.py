@@ -47,7 +47,8 @@ def finetune(
             export = run.finetune(prepared, resume=resume, on_step=on_step)
         except loop.Interrupted as interrupted:
             bar.stop()
-            stderr.print(f"saved at step {interrupted}; go on with: upcycle finetune {recipe} --resume")
+            command = " ".join(["upcycle finetune", str(recipe), *(f"--set {item}" for item in set_ or []), "--resume"])
+            stderr.print(f"saved at step {interrupted}; go on with: {command}", soft_wrap=True)
             raise typer.Exit(130) from None
     if as_json:
         print_json({"out": str(export), "log": str(prepared.out / "log.csv"), **last})

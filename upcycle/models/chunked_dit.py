@@ -856,6 +856,11 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
     # -- export -------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As diffusers', without its warning about the ``auto_map`` entry that its own `save_config` writes."""
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save the config, and this file beside it: stock diffusers never copies code."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)

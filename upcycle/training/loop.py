@@ -127,7 +127,6 @@ def train(
             on_step(row)
             last = run.step == recipe.steps
             if stop.caught or last or run.step % recipe.save_every == 0:
-                log.flush()
                 state.save(accelerator, out / "checkpoints", recipe, run.step)
             if stop.caught and not last:
                 raise Interrupted(run.step)
@@ -211,37 +210,37 @@ def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, st
 
 
 class _Log:
-    """log.csv: a row every ``log_every`` steps, averaged; on resume, rows past the checkpoint are cut off."""
+    """log.csv: a row every ``log_every`` steps, averaged over them; on resume, rows past the checkpoint are cut off."""
 
     def __init__(self, path: Path, step: int, active: bool):
-        self.path, self.active, self.pending = path, active, []
-        self.rows: list[dict[str, Any]] = []
+        self._active = active
+        self._pending: list[dict[str, float]] = []
+        if not active:
+            return
+        kept: list[dict[str, str]] = []
         if step and path.exists():
             with path.open() as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(kept)
 
     def __enter__(self) -> "_Log":
         return self
 
     def __exit__(self, *_) -> None:
-        self.flush()
+        if self._active:
+            self._file.close()
 
     def write(self, row: dict[str, float], every: int) -> None:
-        self.pending.append(row)
-        if row["step"] % every == 0:
-            mean = {key: sum(r[key] for r in self.pending) / len(self.pending) for key in row}
-            self.rows.append({key: f"{value:.6g}" for key, value in mean.items()} | {"step": row["step"]})
-            self.pending = []
-
-    def flush(self) -> None:
-        if not self.active:
+        self._pending.append(row)
+        if not self._active or row["step"] % every:
             return
-        partial = self.path.with_suffix(".csv.partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        partial.replace(self.path)
+        mean = {key: sum(r[key] for r in self._pending) / len(self._pending) for key in row}
+        self._writer.writerow({key: f"{value:.6g}" for key, value in mean.items()} | {"step": row["step"]})
+        self._file.flush()
+        self._pending = []
 
 
 class _StopSignal:

@@ -80,8 +80,8 @@ def newest(folder: Path, recipe: Recipe) -> Path:
     found = checkpoints(folder)
     if not found:
         raise UpcycleError(f"{folder} holds no checkpoint to resume from; run without --resume")
-    theirs = json.loads((found[-1] / "recipe.json").read_text())
-    ours = json.loads(recipe.model_dump_json())
+    theirs = _flat(json.loads((found[-1] / "recipe.json").read_text()))
+    ours = _flat(json.loads(recipe.model_dump_json()))
     changed = [
         f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
         for key in ours
@@ -90,3 +90,10 @@ def newest(folder: Path, recipe: Recipe) -> Path:
     if changed:
         raise UpcycleError(f"{found[-1]} belongs to another recipe: {'; '.join(changed)}")
     return found[-1]
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,77 @@
+"""Shared fixtures: tiny checkpoints made once, and the real command line in a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def dit():
+    """A tiny stock DiT, patch 2, 16x16 latents, 10 classes."""
+    return tiny.make_dit(0)
+
+
+@pytest.fixture(scope="session")
+def pipeline_dir(dit, tmp_path_factory):
+    """That DiT as a diffusers pipeline folder."""
+    folder = tmp_path_factory.mktemp("source") / "tiny-dit"
+    tiny.save_pipeline(folder, dit)
+    return folder
+
+
+def run(*arguments, env=None, cwd=None, check=True, timeout=300):
+    """Run the real command line in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "upcycle", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def export_dir(pipeline_dir, tmp_path_factory):
+    """What `upcycle convert` makes of it; the command's JSON lies beside it."""
+    folder = tmp_path_factory.mktemp("export") / "tiny-dc4"
+    done = run("convert", pipeline_dir, "--ratio", "4", "-o", folder, "--json")
+    folder.with_suffix(".json").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_json(export_dir):
+    """The JSON that `upcycle convert --json` printed for `export_dir`."""
+    return json.loads(export_dir.with_suffix(".json").read_text())
+
+
+@pytest.fixture
+def failing(capsys, monkeypatch):
+    """Run the command line in this process; returns the one line that it must end with, with exit code 2."""
+    from upcycle.cli import main
+
+    def run_failing(*arguments):
+        monkeypatch.setattr(sys, "argv", ["upcycle", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        assert exit_info.value.code == 2, captured.err
+        lines = [line for line in captured.err.strip().splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, captured.err
+        assert captured.err.strip().splitlines()[-1] == lines[0]
+        assert "Traceback" not in captured.err
+        return lines[0]
+
+    return run_failing

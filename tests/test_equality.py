@@ -1,0 +1,235 @@
+"""The converted model equals its teacher: the stock diffusers model, called as its users call it."""
+
+import pytest
+import tiny
+import torch
+from conftest import run
+from diffusers import DiTTransformer2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upcycle.graft.convert import convert
+from upcycle.graft.plan import Options, make_plan
+from upcycle.graft.verify import load_student
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.sources import open_source
+
+EXACT = {"atol": 1e-5, "rtol": 0}
+
+
+def graft(folder, out, **options):
+    convert(make_plan(open_source(str(folder)), Options(**options)), out)
+    return load_student(out)
+
+
+def noisy(model, batch, seed=0):
+    c = model.config
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, c.in_channels, c.sample_size, c.sample_size, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def student(export_dir):
+    return load_student(export_dir)
+
+
+def test_convert_reports_the_difference_that_it_measured(export_json, dit):
+    assert export_json["max_abs_diff"] <= 1e-5
+    assert export_json["tokens_kept"] == 64
+    assert set(export_json["flops_per_image"]["student"]) == {"0", "0.3", "0.6"}
+    embedders = sum(p.numel() for n, p in dit.transformer_blocks[0].named_parameters() if ".emb." in n)
+    copies = (dit.config.num_layers - 1) * embedders
+    assert export_json["parameters"]["reused"] == sum(p.numel() for p in dit.parameters()) - copies
+
+
+@torch.inference_mode()
+def test_every_class_and_the_null_class(dit, student):
+    labels = torch.arange(11)
+    timestep = torch.linspace(0, 999, 11).long()
+    x = noisy(dit, 11)
+    torch.testing.assert_close(student(x, timestep, labels).sample, dit(x, timestep, labels).sample, **EXACT)
+
+
+@torch.inference_mode()
+def test_every_timestep(dit, student):
+    x, labels = noisy(dit, 50), torch.arange(50) % 11
+    for start in range(0, 1000, 50):
+        timestep = torch.arange(start, start + 50)
+        torch.testing.assert_close(student(x, timestep, labels).sample, dit(x, timestep, labels).sample, **EXACT)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.01, 30), st.integers(0, 999), st.integers(0, 2**16))
+@torch.inference_mode()
+def test_any_input_scale(dit, student, scale, t, seed):
+    x, y = scale * noisy(dit, 2, seed), torch.tensor([3, 10])
+    timestep = torch.tensor([t, 999 - t])
+    torch.testing.assert_close(student(x, timestep, y).sample, dit(x, timestep, y).sample, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"patch": 4},
+        {"patch": 8, "size": 32},
+        {"size": 64, "layers": 1},
+        {"in_channels": 1, "learned_sigma": False, "width": 96, "heads": 4},
+        {"in_channels": 3, "patch": 2, "size": 8},
+        {"width": 384, "heads": 6, "layers": 2, "size": 32, "classes": 1000},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("router", ["predictability", "cosine", "grid"])
+@torch.inference_mode()
+def test_other_shapes(shape, router, tmp_path):
+    teacher = tiny.make_dit(1, **shape)
+    tiny.save_transformer(tmp_path / "dit", teacher)
+    student = graft(tmp_path / "dit", tmp_path / "out", ratio=float(teacher.config.patch_size**2), router=router)
+    x, labels = noisy(teacher, 2), torch.tensor([0, teacher.config.num_embeds_ada_norm])
+    for t in (0, 400, 999):
+        timestep = torch.full((2,), t)
+        torch.testing.assert_close(student(x, timestep, labels).sample, teacher(x, timestep, labels).sample, **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "heads", "layers"), [(768, 12, 12), (1024, 16, 24), (1152, 16, 28)], ids=["B", "L", "XL"])
+@torch.inference_mode()
+def test_full_shapes(width, heads, layers, tmp_path):
+    teacher = tiny.make_dit(1, width=width, heads=heads, layers=layers, size=32, classes=1000)
+    tiny.save_transformer(tmp_path / "dit", teacher)
+    student = graft(tmp_path / "dit", tmp_path / "out")
+    x, labels = noisy(teacher, 2), torch.tensor([7, 1000])
+    for t in (0, 500, 999):
+        timestep = torch.full((2,), t)
+        torch.testing.assert_close(student(x, timestep, labels).sample, teacher(x, timestep, labels).sample, **EXACT)
+
+
+@pytest.mark.parametrize("changes", [{"bin": True}, {"legacy_config": True}, {"max_shard_size": "200KB"}], ids=str)
+@torch.inference_mode()
+def test_layouts_of_a_pipeline_folder(dit, changes, tmp_path):
+    tiny.save_pipeline(tmp_path / "p", dit, **changes)
+    student = graft(tmp_path / "p", tmp_path / "out")
+    x, t, y = noisy(dit, 2), torch.tensor([10, 900]), torch.tensor([1, 10])
+    torch.testing.assert_close(student(x, t, y).sample, dit(x, t, y).sample, **EXACT)
+
+
+@torch.inference_mode()
+def test_embedders_that_a_fine_tune_has_split_are_kept(dit, tmp_path):
+    teacher = tiny.make_dit(0)
+    with torch.no_grad():
+        teacher.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight.add_(1)
+    tiny.save_transformer(tmp_path / "dit", teacher)
+    student = graft(tmp_path / "dit", tmp_path / "out")
+    assert student.config.num_embedders == 2
+    x, t, y = noisy(dit, 2), torch.tensor([10, 900]), torch.tensor([1, 10])
+    torch.testing.assert_close(student(x, t, y).sample, teacher(x, t, y).sample, **EXACT)
+
+
+@pytest.mark.parametrize("ratio", [3.0, 6.0, 9.0, 16.0])
+@torch.inference_mode()
+def test_other_ratios_keep_their_budget_and_the_covered_positions(pipeline_dir, dit, ratio, tmp_path):
+    """Off the exact ratio the start is near, not equal: the budget is exact and finer is nearer."""
+    student = graft(pipeline_dir, tmp_path / "out", ratio=ratio)
+    out = student(noisy(dit, 3), torch.tensor([10, 500, 999]), torch.tensor([0, 5, 10]))
+    assert out.routing.mask.sum(1).tolist() == [round(256 / ratio)] * 3
+    assert out.sample.isfinite().all()
+
+
+@pytest.mark.parametrize("router", ["predictability", "cosine", "random"])
+@torch.inference_mode()
+def test_published_start_runs_for_every_router(pipeline_dir, dit, router, tmp_path):
+    student = graft(pipeline_dir, tmp_path / "out", init="paper", router=router)
+    assert student.config.scaffold == "paper"
+    out = student(noisy(dit, 2), torch.tensor([10, 900]), torch.tensor([0, 5]))
+    assert out.sample.abs().max() == 0  # the published head starts at zero
+    blocks = {n for n, _ in student.named_parameters() if n.startswith("transformer_blocks.")}
+    theirs = dict(dit.named_parameters())
+    assert blocks
+    assert all(torch.equal(student.get_parameter(n), theirs[n]) for n in blocks)
+
+
+def unsettle(student: ChunkedDiT, guide: float = 0.0) -> ChunkedDiT:
+    """A student away from its start: every fresh parameter random, the router free; keeps ragged batches."""
+    copy = ChunkedDiT.from_config(student.config)
+    copy.load_state_dict(student.state_dict())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.05, generator=generator)
+        copy.routing_module.bias.fill_(3.0)
+    copy.guide = guide
+    return copy.eval()
+
+
+@pytest.mark.parametrize("scaffold", ["lean", "paper"])
+@torch.inference_mode()
+def test_batch_mates_do_not_influence_each_other(student, scaffold, tmp_path):
+    if scaffold == "lean":
+        model = unsettle(student)
+    else:
+        tiny.save_dcdit_pt(tmp_path / "authors.pt")
+        model = graft(tmp_path / "authors.pt", tmp_path / "out")
+    x, t = noisy(model, 5), torch.tensor([999, 700, 400, 100, 0])
+    y = torch.tensor([0, 3, 10, 1000, 9])
+    rho = torch.tensor([0.0, 0.3, 0.9, 0.0, 0.5])
+    together = model(x, t, y, tail_drop=rho)
+    counts = together.routing.mask.sum(1).tolist()
+    assert len(set(counts)) > 1, "the batch must be ragged for this test to say anything"
+    for i in range(5):
+        alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1], tail_drop=rho[i : i + 1])
+        assert alone.routing.mask.sum() == counts[i]
+        torch.testing.assert_close(alone.sample[0], together.sample[i], **EXACT)
+
+
+@torch.inference_mode()
+def test_zero_tail_drop_changes_no_bit(student):
+    model = unsettle(student)
+    x, t, y = noisy(model, 3), torch.tensor([900, 500, 10]), torch.tensor([1, 2, 10])
+    plain = model(x, t, y).sample
+    assert torch.equal(plain, model(x, t, y, tail_drop=0.0).sample)
+    assert torch.equal(plain, model(x, t, y, tail_drop=torch.zeros(3)).sample)
+    model.set_tail_drop(0.5)
+    assert not torch.equal(plain, model(x, t, y).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_low_precision_decides_alike_and_stays_near(student, dit, dtype):
+    import copy
+
+    low = copy.deepcopy(student).to(dtype)
+    x, t, y = noisy(dit, 2), torch.tensor([900, 10]), torch.tensor([1, 10])
+    out = low(x.to(dtype), t, y)
+    assert out.sample.dtype == dtype
+    assert out.routing.mask.sum(1).tolist() == [64, 64]
+    stock = copy.deepcopy(dit).to(dtype)(x.to(dtype), t, y).sample.float()
+    exact = dit(x, t, y).sample
+    # As near to the fp32 teacher as the stock model in the same precision is.
+    assert (out.sample.float() - exact).square().mean() < 4 * (stock - exact).square().mean()
+
+
+def test_gradients_reach_every_trainable_part(student):
+    model = unsettle(student).train().requires_grad_(True)
+    x, t, y = noisy(model, 4), torch.tensor([900, 600, 300, 10]), torch.tensor([1, 2, 3, 10])
+    out = model(x, t, y, tail_drop=0.3)
+    (out.sample.square().mean() + out.routing.probability.mean()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_gradient_checkpointing_changes_no_gradient(student):
+    gradients = []
+    for checkpointing in (False, True):
+        model = unsettle(student).train().requires_grad_(True)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        x, t, y = noisy(model, 2), torch.tensor([900, 10]), torch.tensor([1, 10])
+        model(x, t, y).sample.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_stock_class_is_what_was_compared(dit):
+    assert type(dit) is DiTTransformer2DModel
+    assert run("--version").stdout.strip()

@@ -1,0 +1,157 @@
+"""Models on the Hugging Face Hub: fetch what is needed of a repository into the usual cache.
+
+The descriptions come first (JSON, model card), so that a repository that is no DiT is refused before its weights
+are downloaded, and only one of several formats of the weights is fetched.
+"""
+
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from upcycle.errors import UpcycleError
+from upcycle.sources.diffusers_folder import identify, inside, list_files
+from upcycle.sources.weight_files import choose_file, pick_file, shards_of, variants
+
+_DESCRIPTIONS = [
+    "model_index.json",
+    "config.json",
+    "diffusion_pytorch_model.*.json",
+    "README.md",
+    "LICENSE*",
+    "transformer/*.json",
+    "scheduler/*.json",
+    "vae/*.json",
+]
+_UNKNOWN = "no such local path and no such model on the Hub, or a private one; check the name, or `hf auth login`"
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` has the form "owner/name"."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec, re.ASCII) is not None
+
+
+def fetch(spec: str, *, revision: str | None, variant: str | None) -> tuple[Path, str]:
+    """Bring the model "owner/name" into the cache; returns its folder there and the commit.
+
+    Without a network, or with HF_HUB_OFFLINE=1, what is in the cache is used.
+
+    Raises `UpcycleError` for everything that a user can mend: unknown, gated or private repositories, unknown
+    revisions, models that are no DiT, no network, server faults, no disk space.
+    """
+    folder = _download(spec, revision, revision, _DESCRIPTIONS)
+    commit = folder.name
+    names = _listing(spec, commit, folder)
+    layout = identify(spec, folder, names)
+    prefix = f"{layout.subfolder}/" if layout.subfolder else ""
+    chosen = choose_file(spec, inside(names, layout.subfolder), variant, [])
+    wanted = [prefix + shard for shard in shards_of(spec, folder / layout.subfolder, chosen)]
+    if layout.subfolder:
+        wanted += _vae_files(spec, folder, names, variant)
+    _download(spec, commit, revision, wanted)
+    return folder, commit
+
+
+def _vae_files(spec: str, folder: Path, names: list[str], variant: str | None) -> list[str]:
+    """One format of the VAE's weights, in the wished variant if there is one, and any code of its own."""
+    beside = inside(names, "vae")
+    wishes = [variant, None, *variants(beside)]
+    chosen = next((file for wish in wishes if (file := pick_file(beside, wish))), None)
+    if chosen is None:
+        return [f"vae/{name}" for name in beside]
+    code = [name for name in beside if name.endswith(".py")]
+    return [f"vae/{name}" for name in shards_of(spec, folder / "vae", chosen) + code]
+
+
+def _listing(spec: str, commit: str, folder: Path) -> list[str]:
+    """Files of the repository at that commit; those in the cache if the list itself is not cached."""
+    try:
+        return [file.path for file in get_cached_repo_tree(spec, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return list_files(spec, folder)
+
+
+def _download(spec: str, revision: str | None, asked: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        mended = explain(spec, asked, error)
+        if mended is None:
+            raise
+        raise mended from error
+
+
+def explain(spec: str, revision: str | None, error: Exception) -> UpcycleError | None:
+    """The line for an error of `huggingface_hub`; None if it is nothing that a user can mend.
+
+    The message is made here, never copied from the error, whose text may quote request headers.
+    """
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UpcycleError(
+                f"{spec}: no space left in {constants.HF_HUB_CACHE}; free some, or set HF_HOME to a larger disk"
+            )
+        if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno == errno.EROFS):
+            return UpcycleError(f"{spec}: {constants.HF_HUB_CACHE} cannot be written; mend its rights, or set HF_HOME")
+    for cause in chain:
+        line = _hub_line(spec, revision, cause)
+        if line:
+            return UpcycleError(f"{spec}: {line}")
+    # Transport errors come from the HTTP library in use, which the hub library has changed before.
+    unreachable = LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError | TimeoutError
+    if any(isinstance(cause, unreachable) or type(cause).__module__.startswith("httpx") for cause in chain):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        return UpcycleError(
+            f"{spec}: no such local path, {why}, and the model is not all in the cache; connect and try again"
+        )
+    return None
+
+
+def _hub_line(spec: str, revision: str | None, error: BaseException) -> str | None:
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{spec}"
+        return f"access is restricted; accept its terms at {page}, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return _UNKNOWN
+    if isinstance(error, RevisionNotFoundError):
+        return f"has no revision {revision!r}; give one of its branches, tags or commits"
+    if isinstance(error, DisabledRepoError):
+        return "was disabled on the Hub; take another model"
+    if isinstance(error, HFValidationError):
+        return "neither a local path nor a valid Hub id (owner/name); check it"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"the Hub denies access ({status}), or has no such model; check the name, or `hf auth login` again"
+        if status == 429:
+            return "the Hub asks for a pause (429, too many requests); wait some minutes, logging in raises the limit"
+        if isinstance(error, EntryNotFoundError):
+            return "a file listed in the repository is not there; try another --revision"
+        if status == 404:
+            return _UNKNOWN
+        return f"the Hub answers with an error ({status}); try again later"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
