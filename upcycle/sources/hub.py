@@ -66,6 +66,22 @@ def fetch(spec: str, *, revision: str | None, variant: str | None) -> tuple[Path
     return folder, commit
 
 
+def fetch_vae(spec: str) -> Path:
+    """Bring a VAE into the cache, from a repository of its own or from the ``vae`` folder of a pipeline's.
+
+    Returns the repository's folder there. Raises `UpcycleError` as `fetch` does.
+    """
+    described = [f"{at}{name}" for at in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model.*.json")]
+    folder = _download(spec, None, None, described)
+    names = _listing(spec, folder.name, folder)
+    prefix = "vae/" if "vae/config.json" in names else ""
+    beside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    chosen = next((file for wish in (None, *variants(beside)) if (file := pick_file(beside, wish))), None)
+    if chosen is None:
+        raise UpcycleError(f"{spec}: has no VAE weights; give the repository of a diffusers AutoencoderKL")
+    return _download(spec, folder.name, None, [prefix + shard for shard in shards_of(spec, folder / prefix, chosen)])
+
+
 def _vae_files(spec: str, folder: Path, names: list[str], variant: str | None) -> list[str]:
     """One format of the VAE's weights, in the wished variant if there is one, and any code of its own."""
     beside = inside(names, "vae")

@@ -20,7 +20,7 @@ from upcycle.sources import DiTConfig, Source, open_source
 from upcycle.training.data import ShardedData, TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
-from upcycle.training.state import checkpoints
+from upcycle.training.state import checkpoints, newest
 
 
 @dataclass
@@ -53,7 +53,9 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
         UpcycleError: ``out`` holds a run already (without ``resume``), or a part of the recipe does not fit.
     """
     out = Path(recipe.out)
-    if not resume and checkpoints(out / "checkpoints"):
+    if resume:
+        newest(out / "checkpoints", recipe)
+    elif checkpoints(out / "checkpoints"):
         raise UpcycleError(f"{out} holds a run already; continue it with --resume, or choose another 'out'")
     source = open_teacher(recipe)
     data = open_data(recipe.data)
