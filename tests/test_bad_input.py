@@ -275,5 +275,3 @@ def test_works_from_a_folder_with_odd_characters(pipeline_dir, tmp_path):
 
 def test_no_test_here_writes_into_the_project():
     assert not (ROOT / "out").exists()
-
-

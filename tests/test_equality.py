@@ -92,7 +92,9 @@ def test_other_shapes(shape, router, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "heads", "layers"), [(768, 12, 12), (1024, 16, 24), (1152, 16, 28)], ids=["B", "L", "XL"])
+@pytest.mark.parametrize(
+    ("width", "heads", "layers"), [(768, 12, 12), (1024, 16, 24), (1152, 16, 28)], ids=["B", "L", "XL"]
+)
 @torch.inference_mode()
 def test_full_shapes(width, heads, layers, tmp_path):
     teacher = tiny.make_dit(1, width=width, heads=heads, layers=layers, size=32, classes=1000)

@@ -89,9 +89,7 @@ def run_demo(
         teacher_tokens = positions // vars(prepared.source.config)["patch_size"] ** 2
         captions = (f"teacher, {teacher_tokens} tokens", f"student, {kept.float().mean():.0f} tokens")
         plots.side_by_side(drawn["images"]["teacher"], drawn["images"]["student"], folder / "samples.png", captions)
-        plots.compression(
-            drawn["student"]["timesteps"], kept, positions, teacher_tokens, folder / "compression.png"
-        )
+        plots.compression(drawn["student"]["timesteps"], kept, positions, teacher_tokens, folder / "compression.png")
         forwards = SAMPLING["steps"] * 2  # both halves of the guided batch
         student_flops = [sum(chunked_dit_flops(c, n).values()) for n in kept.flatten().tolist()]
         report = {

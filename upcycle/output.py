@@ -29,12 +29,16 @@ def check_output(out: Path, force: bool, keep: tuple[Path, ...] = ()) -> None:
         resolved = out.resolve()
         for path in (*keep, Path.cwd()):
             if path.resolve() == resolved or resolved in path.resolve().parents:
-                raise UpcycleError(f"{out} holds {path}, which replacing it would delete; choose another folder with -o")
+                raise UpcycleError(
+                    f"{out} holds {path}, which replacing it would delete; choose another folder with -o"
+                )
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UpcycleError(f"{out} cannot be made: {parent} is not a folder that can be written; choose another with -o")
+        raise UpcycleError(
+            f"{out} cannot be made: {parent} is not a folder that can be written; choose another with -o"
+        )
 
 
 @contextlib.contextmanager
@@ -59,7 +63,9 @@ def new_folder(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, 
         _replace(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UpcycleError(f"{out}: no space left to write it; make room or choose another folder with -o") from error
+            raise UpcycleError(
+                f"{out}: no space left to write it; make room or choose another folder with -o"
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

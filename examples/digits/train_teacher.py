@@ -1,6 +1,7 @@
 """Train the digits teacher: a stock diffusers DiT on 16x16 handwritten digits, in pixel space, on one CPU core.
 
-    python examples/digits/train_teacher.py --out upcycle/assets/digits
+    python examples/digits/train_teacher.py --out runs/digits-stage1
+    python examples/digits/train_teacher.py --init runs/digits-stage1 --balance --steps 5500 --out upcycle/assets/digits
 
 Writes OUT/teacher (a diffusers pipeline), OUT/TRAINING.md, OUT/loss.csv, OUT/loss.png and OUT/samples.png.
 """
@@ -51,6 +52,10 @@ class Diffusion:
         self.mean_xt = ((1 - bar_prev) * (1 - betas).sqrt() / (1 - bar)).float()
         self.min_log_var = posterior_var.log().float()
         self.max_log_var = betas.log().float()
+        # One over the root of the noise MSE of a Gaussian guess for pixels of variance 1/2 (that of the digits).
+        # Without it the steps near pure noise, whose MSE is a thousand times smaller, are hardly trained at all,
+        # and there the outline of the digit is decided.
+        self.balance = (1 + 2 * (1 - bar) / bar).sqrt().float()
 
     def add_noise(self, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
         """Images and noise [n, c, h, w] and timesteps [n] to noisy images [n, c, h, w]."""
@@ -184,10 +189,16 @@ def train(args: argparse.Namespace) -> tuple[DiTTransformer2DModel, list[dict[st
     val_images, val_labels = load_digits("val")
     diffusion = Diffusion()
     model = build_model()
+    history: list[dict[str, float]] = []
+    if args.init:
+        first = DiTTransformer2DModel.from_pretrained(args.init / "teacher", subfolder="transformer")
+        model.load_state_dict(first.state_dict())
+        with (args.init / "loss.csv").open(newline="") as file:
+            history += [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    done, seconds = (int(history[-1]["step"]), history[-1]["seconds"]) if history else (0, 0.0)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     data = batches(images, labels, args.batch, generator)
-    history: list[dict[str, float]] = []
     mse_sum = vb_sum = 0.0
     start = time.perf_counter()
     for step in range(1, args.steps + 1):
@@ -201,7 +212,8 @@ def train(args: argparse.Namespace) -> tuple[DiTTransformer2DModel, list[dict[st
         eps = torch.randn(x0.shape, generator=generator)
         mse, vb = diffusion.loss(model, x0, y, t, eps)
         optimizer.zero_grad(set_to_none=True)
-        (mse + vb).mean().backward()
+        weight = diffusion.balance[t] if args.balance else 1.0
+        (weight * mse + vb).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(args.ema, (1 + step) / (10 + step))  # forget the random start quickly
@@ -212,7 +224,7 @@ def train(args: argparse.Namespace) -> tuple[DiTTransformer2DModel, list[dict[st
         if step % args.every == 0 or step == args.steps:
             count = (step - 1) % args.every + 1
             val_mse, val_vb = evaluate(ema, diffusion, val_images, val_labels)
-            row = {"step": step, "seconds": time.perf_counter() - start, "lr": lr}
+            row = {"step": done + step, "seconds": seconds + time.perf_counter() - start, "lr": lr}
             row |= {"train_mse": mse_sum / count, "train_vb": vb_sum / count, "val_mse": val_mse, "val_vb": val_vb}
             history.append(row)
             mse_sum = vb_sum = 0.0
@@ -222,9 +234,9 @@ def train(args: argparse.Namespace) -> tuple[DiTTransformer2DModel, list[dict[st
 
 def save_pipeline(transformer: DiTTransformer2DModel, folder: Path) -> None:
     """Write the diffusers pipeline: transformer, identity VAE with its code, DDIM scheduler and the class names."""
-    # clip_sample: pixels end at +-1, and clipping the predicted image keeps guided samples from overshooting
+    # clip_sample=False as DiT ships it: clipping each predicted image to +-1 made samples worse, guided ones most
     scheduler = DDIMScheduler(
-        num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True
+        num_train_timesteps=TIMESTEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
     )
     pipe = DiTPipeline(transformer=transformer, vae=IdentityVAE(), scheduler=scheduler)
     # the argument id2label only fills a lookup table; this writes it into model_index.json
@@ -239,7 +251,7 @@ def report(
     with (args.out / "loss.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: v if k == "step" else f"{v:.6g}" for k, v in row.items()} for row in history)
+        writer.writerows({k: int(v) if k == "step" else f"{v:.6g}" for k, v in row.items()} for row in history)
 
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     steps = [row["step"] for row in history]
@@ -254,6 +266,11 @@ def report(
         "# How the digits teacher was trained",
         "",
         f"- command: `python {shlex.join(sys.argv)}`",
+        *(
+            [f"- goes on from `{args.init}`: its losses are in the curve, its time in the wall time"]
+            if args.init
+            else []
+        ),
         f"- seed {args.seed}, {args.steps} steps of {args.batch} images, learning rate {args.lr}, EMA {args.ema}",
         f"- wall time {last['seconds'] / 60:.1f} min on {args.threads} thread(s) of one CPU",
         f"- Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
@@ -284,6 +301,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--init", type=Path, default=None, help="output folder of an earlier run to go on from")
+    parser.add_argument("--balance", action="store_true", help="weigh the noise MSE so that noisy steps count too")
     parser.add_argument("--every", type=int, default=500, help="steps between reports")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples-per-class", type=int, default=50)

@@ -1,7 +1,7 @@
 """`upcycle convert`: graft encoder, router and decoder around pretrained blocks."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,7 +39,9 @@ def convert(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16.")] = None,
-    weights: Annotated[str, typer.Option(help="ema or model: which weights of a training checkpoint.")] = "ema",
+    weights: Annotated[
+        Literal["ema", "model"], typer.Option(help="Which weights of a training checkpoint.")
+    ] = "ema",
     heads: Annotated[int | None, typer.Option(help="Attention heads, where a .pt does not tell.")] = None,
     vae: Annotated[
         str | None, typer.Option(metavar="ID|DIR", help="VAE to add, for a source that has none (a .pt).")
@@ -52,8 +54,6 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace the output once the new one is complete.")] = False,
 ) -> None:
     """Turn a pretrained DiT into a ChunkedDiT that equals it, ready for `upcycle finetune`."""
-    if weights not in ("ema", "model"):
-        raise UpcycleError(f"--weights {weights} is unknown; choose ema or model")
     shard_bytes = _parse_size(max_shard_size)
     number = _parse_ratio(ratio)
 
@@ -61,14 +61,16 @@ def convert(
 
     quiet_libraries()
     with stderr.status(f"reading {source}"):
-        from upcycle.graft import components, plan, verify
         from upcycle.graft import convert as surgery
+        from upcycle.graft import plan
         from upcycle.output import check_output
         from upcycle.sources import DiTConfig, open_source
 
         opened = open_source(source, revision=revision, weights=weights, variant=variant, heads=heads)
         if vae is not None:
-            opened = components.with_vae(opened, vae)
+            from upcycle.graft.components import with_vae
+
+            opened = with_vae(opened, vae)
         options = plan.Options(number, init, scaffold, router, time_embedding, seed)
         made = plan.make_plan(opened, options)
     out = out or Path(default_name(opened.name, made.config["ratio"], isinstance(opened.config, DiTConfig)))
@@ -78,11 +80,11 @@ def convert(
     check_output(out, force)
     with progress() as bar:
         task = bar.add_task("converting", total=len(made.pieces))
-        surgery.convert(
-            made, out, force=force, max_shard_bytes=shard_bytes, written=lambda n: bar.advance(task)
-        )
+        surgery.convert(made, out, force=force, max_shard_bytes=shard_bytes, written=lambda n: bar.advance(task))
     difference = None
     if not no_verify and isinstance(opened.config, DiTConfig):
+        from upcycle.graft import verify
+
         with progress() as bar:
             task = bar.add_task("comparing with the teacher", total=verify.MEASURE_STEPS)
             teacher, student = verify.load_teacher(opened), verify.load_student(out)

@@ -20,7 +20,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
 ) -> None:
-    """Convert the shipped teacher, post-train it, export it, load it with stock diffusers alone, and show the result."""
+    """Convert the shipped teacher, post-train it, export it, load it with stock diffusers, and show the result."""
     from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout
 
     quiet_libraries()
@@ -48,9 +48,7 @@ def _table(report: dict[str, Any], out: Path) -> Any:
     table.add_row("validation loss", f"{teacher['val_loss']:.4f}", f"{student['val_loss']:.4f}")
     tokens = report["tokens_kept"]
     table.add_row("tokens kept, sampling", str(teacher["tokens"]), f"{tokens:.1f} of {report['positions']}")
-    table.add_row(
-        "FLOPs per image", count(teacher["flops_per_image"]), count(student["flops_per_image"])
-    )
+    table.add_row("FLOPs per image", count(teacher["flops_per_image"]), count(student["flops_per_image"]))
     table.add_row("seconds per image", f"{teacher['seconds_per_image']:.3f}", f"{student['seconds_per_image']:.3f}")
     for name in ("pipeline", "samples.png", "router.png", "compression.png", "report.json"):
         table.add_row(name, "", str(out / name))

@@ -55,4 +55,3 @@ def finetune(
         return
     stdout.print(f"log: {prepared.out / 'log.csv'}")
     stdout.print(f"[bold]{export}[/bold]")
-

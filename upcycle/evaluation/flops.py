@@ -5,6 +5,7 @@ Everything is per sample and per forward; an image costs the sum over its sampli
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 PAPER_STEPS = 250
@@ -80,11 +81,11 @@ def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, flo
         parts["decoder"] = base + config["decoder_layers"] * _res_block(narrow, narrow, width, positions)
         return parts
     widths = [narrow] * config["encoder_layers"] + [width]
-    parts["encoder"] = sum(_res_block(a, b, width, positions) for a, b in zip(widths, widths[1:], strict=False))
+    parts["encoder"] = sum(_res_block(a, b, width, positions) for a, b in pairwise(widths))
     parts["router"] = _router(config, width, width // 4, positions)
     parts["dechunk"] = _smoothing(width, config["smoothing_sigma"], side, positions) + 2 * positions * width**2
     decoder = [width] + [narrow] * config["decoder_layers"]
-    parts["decoder"] = sum(_res_block(a, b, width, positions) for a, b in zip(decoder, decoder[1:], strict=False))
+    parts["decoder"] = sum(_res_block(a, b, width, positions) for a, b in pairwise(decoder))
     parts["head"] = 4 * width * narrow + 2 * positions * narrow * c_out
     return parts
 
@@ -92,6 +93,4 @@ def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, flo
 def student_flops_by_tail_drop(config: Mapping[str, Any], steps: int = PAPER_STEPS) -> dict[str, float]:
     """FLOPs per image at tail drop 0, 0.3 and 0.6 with the router at its target ratio, unguided, over ``steps``."""
     kept = config["sample_size"] ** 2 / config["ratio"]
-    return {
-        f"{rho:g}": steps * sum(chunked_dit_flops(config, kept - int(kept * rho)).values()) for rho in TAIL_DROPS
-    }
+    return {f"{rho:g}": steps * sum(chunked_dit_flops(config, kept - int(kept * rho)).values()) for rho in TAIL_DROPS}

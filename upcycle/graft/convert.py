@@ -1,4 +1,4 @@
-"""Carry out a plan: stream the weights into a new folder, with the model's code, the config and the other components."""
+"""Carry out a plan: stream the weights into a new folder, with the model's code, its config and other components."""
 
 import json
 import shutil

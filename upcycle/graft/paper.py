@@ -25,6 +25,8 @@ def initialise(model: ChunkedDiT) -> None:
     for module in (model.residual, model.proj_out_1, model.proj_out_2):
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
+    if model.routing_module is None:
+        return
     if model.config.router == "predictability":
         nn.init.constant_(model.routing_module.scorer.residual_scorer[-1].bias, ROUTER_BIAS)
     if model.config.router == "cosine":

@@ -1,4 +1,4 @@
-"""What a conversion will make, decided before anything is written: the student's config, its tensors, what they cost."""
+"""What a conversion will make, decided before anything is written: the student's config, its tensors, their cost."""
 
 import json
 import math
@@ -107,7 +107,7 @@ class Plan:
 
     @property
     def flops_per_image(self) -> dict[str, Any]:
-        """FLOPs per image over 250 unguided steps: the teacher's (None where there is none) and the student's by rho."""
+        """FLOPs per image over 250 unguided steps: the teacher's (None if there is none), the student's by rho."""
         config = self.source.config
         teacher = PAPER_STEPS * dit_flops(vars(config)) if isinstance(config, DiTConfig) else None
         return {"teacher": teacher, "student": student_flops_by_tail_drop(self.config)}
@@ -271,7 +271,8 @@ def _schedule(source: Source) -> dict[str, Any]:
         )
     if theirs.get("beta_schedule", "linear") not in ("linear", "scaled_linear") or theirs.get("trained_betas"):
         raise UpcycleError(
-            f"{source.spec} has the noise schedule {theirs.get('beta_schedule')}; linear and scaled_linear can be converted"
+            f"{source.spec} has the noise schedule {theirs.get('beta_schedule')}; "
+            "only linear and scaled_linear can be converted"
         )
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
     return {key: theirs[key] for key in keys if key in theirs}

@@ -1,8 +1,9 @@
-"""A safetensors writer that streams: one tensor in memory at a time (the library's writers want them all)."""
+"""A safetensors writer that streams: two tensors in memory at a time (the library's writers want them all)."""
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -57,12 +58,24 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for name, piece in ordered:
-            tensor = piece.load().contiguous()
+        for (name, piece), tensor in zip(ordered, _loaded(piece for _, piece in ordered), strict=True):
             assert tensor.shape == torch.Size(piece.shape), name
             assert tensor.dtype == piece.dtype, name
             file.write(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
             written(nbytes(piece))
+
+
+def _loaded(pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
+    """The pieces' tensors in order, each read and checked while the one before it is being written."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: Future[torch.Tensor] | None = None
+        for piece in pieces:
+            upcoming = reader.submit(piece.load)
+            if waiting is not None:
+                yield waiting.result().contiguous()
+            waiting = upcoming
+        if waiting is not None:
+            yield waiting.result().contiguous()
 
 
 def write_weights(

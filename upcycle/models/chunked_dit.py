@@ -121,7 +121,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x_BMD: torch.Tensor, key_bias: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (to(x_BMD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (
+            to(x_BMD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+        )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -324,7 +326,12 @@ def gather_tokens(x_BLD: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def smooth(
-    h_BMD: torch.Tensor, p_BM: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int], sigma: float
+    h_BMD: torch.Tensor,
+    p_BM: torch.Tensor,
+    index: torch.Tensor,
+    valid: torch.Tensor,
+    grid: tuple[int, int],
+    sigma: float,
 ) -> torch.Tensor:
     """Confidence-weighted Gaussian smoothing among kept tokens (DC-DiT, step 6), fp32 [B, M, D].
 
@@ -347,7 +354,7 @@ def smooth(
 
 
 def position_embedding(length: int, width: int, scale: float, device: torch.device) -> torch.Tensor:
-    """1-D sin-cos embedding of positions 0, 1/scale, 2/scale ..., fp32 [length, width]; computed in fp64 as MAE does."""
+    """1-D sin-cos embedding of positions 0, 1/scale, 2/scale ..., fp32 [length, width]; made in fp64 as MAE does."""
     omega = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64, device=device) / (width / 2))
     angle = (torch.arange(length, dtype=torch.float64, device=device) / scale)[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
@@ -513,12 +520,14 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         self.condition_norm = nn.LayerNorm(D) if condition_adaptor else nn.Identity()
         self.conv_in = nn.Conv2d(in_channels, E, 3, padding=1)
         learned = router in ("predictability", "cosine")
+        self.routing_module: Router | None = None
         if lean:
             self.pos_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, stride=patch_size)})
             self.encoder = nn.ModuleList(ResBlock(E, E, D) for _ in range(encoder_layers))
             self.widen = nn.Linear(E, D)
             bottleneck = -(-E // 16) * 8  # half the width, a multiple of the 8 groups of the scorer's norm
-            self.routing_module = Router(router, E, bottleneck, D, lean) if learned else None
+            if learned:
+                self.routing_module = Router(router, E, bottleneck, D, lean)
             self.proj_out_1 = nn.Linear(D, 2 * D)
             self.proj_out_2 = nn.Linear(D, patch_size**2 * out_channels)
             self.fill_log_variance = nn.Linear(D, 1)
@@ -532,7 +541,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             widths = [E] * encoder_layers + [D]
             self.encoder = nn.ModuleList(ResBlock(widths[i], widths[i + 1], D) for i in range(encoder_layers))
             self.encoder_norm = RMSNorm(D)
-            self.routing_module = Router(router, D, D // 4, D, lean) if learned else None
+            if learned:
+                self.routing_module = Router(router, D, D // 4, D, lean)
             self.blocks_norm = RMSNorm(D)
             self.residual = nn.Linear(D, D)
             self.decoder = nn.ModuleList(ResBlock(D if i == 0 else E, E, D) for i in range(decoder_layers))
@@ -561,10 +571,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         c = self.config
 
         def make() -> torch.Tensor:
-            if c.beta_schedule == "scaled_linear":
-                beta = torch.linspace(c.beta_start**0.5, c.beta_end**0.5, c.num_train_timesteps, dtype=torch.float64) ** 2
-            else:
-                beta = torch.linspace(c.beta_start, c.beta_end, c.num_train_timesteps, dtype=torch.float64)
+            power = 0.5 if c.beta_schedule == "scaled_linear" else 1.0
+            ends = c.beta_start**power, c.beta_end**power
+            beta = torch.linspace(*ends, c.num_train_timesteps, dtype=torch.float64) ** (1 / power)
             return (1 - beta).cumprod(0).float().to(timestep.device)
 
         table = self._constant("alpha_bar", timestep.device, make)
@@ -607,6 +616,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             elif c.router == "random":
                 logit = score = random_logit(timestep, size, c.ratio)
             else:
+                assert self.routing_module is not None
                 logit = score = self.routing_module(features, condition)
                 if lean:
                     prior = self._constant(
@@ -614,7 +624,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
                     )
                     detail = local_detail(x, self.alpha_bar(timestep))
                     score = score + prior + detail
-                    logit = score + self.routing_module.bias.float() + guide * self.untrained_sign(detail, (height, width))
+                    sign = self.untrained_sign(detail, (height, width))
+                    logit = score + self.routing_module.bias.float() + guide * sign
             probability = torch.sigmoid(logit)
             always = torch.zeros(size, dtype=torch.bool, device=device)
             always[0] = True
@@ -632,9 +643,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
     def untrained_sign(self, detail: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """g of the router's logit: +1 on the tokens that an untrained router keeps, -1 elsewhere; [B, L] or [L]."""
         (height, width), device, patch = grid, detail.device, self.config.patch_size
-        on = self._constant(
-            "patches", device, lambda: teacher_grid(height, width, patch, device), height, width
-        )
+        on = self._constant("patches", device, lambda: teacher_grid(height, width, patch, device), height, width)
         count = -(-height // patch) * -(-width // patch)
         tokens = max(1, round(height * width / self.config.ratio))
         keep = on if tokens == count else base_mask(detail, on, tokens)
@@ -694,7 +703,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
     def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
         c = self.config
         batch, _, height, width = x.shape
-        size, patch, grid = height * width, c.patch_size, (height, width)
+        patch, grid = c.patch_size, (height, width)
 
         features = self.conv_in(x)
         for block in self.encoder:
@@ -822,8 +831,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
     def _forward_paper(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
         c = self.config
-        batch, _, height, width = x.shape
-        grid = (height, width)
+        height, width = grid = tuple(x.shape[-2:])
         h = self.conv_in(x)
         for block in self.encoder:
             h = block(h, scaffold_condition)

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def clamp_null_class(transformer: torch.nn.Module) -> None:
 
 
 def draw(pipe, labels: list[int], seeds: list[int], steps: int, guidance_scale: float) -> torch.Tensor:
-    """One image per (label, seed), fp32 in [0, 1], [n, channels, height, width]; a seed gives the same noise in any batch."""
+    """One image per (label, seed), fp32 in [0, 1], [n, channels, H, W]; a seed gives the same noise in any batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(
         class_labels=labels,
@@ -71,7 +72,8 @@ def main(job_path: str) -> None:
 
     job = json.loads(Path(job_path).read_text())
     out = Path(job["out"])
-    pipes, report = {}, {}
+    pipes: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     for name, folder in job["models"].items():
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         pipe.set_progress_bar_config(desc=f"sampling {name}", file=sys.stderr, leave=False)

@@ -35,9 +35,13 @@ def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
             raise UpcycleError(f"{spec}: no such folder, and no Hub id (owner/name) either; check it")
         folder, _ = hub.fetch(spec, revision=revision, variant=None)
     if not (folder / "transformer" / "config.json").is_file():
-        raise UpcycleError(f"{spec} is no pipeline: it has no transformer/config.json; give an export or a DiT pipeline")
+        raise UpcycleError(
+            f"{spec} is no pipeline: it has no transformer/config.json; give an export or a DiT pipeline"
+        )
     if not (folder / "model_index.json").is_file():
-        raise UpcycleError(f"{spec} has no VAE and scheduler to sample with; convert its source again with --vae ID|DIR")
+        raise UpcycleError(
+            f"{spec} has no VAE and scheduler to sample with; convert its source again with --vae ID|DIR"
+        )
     index = _read_json(folder / "model_index.json")
     transformer = _load(spec, folder / "transformer", TRANSFORMERS, "config.json")
     vae = _load(spec, folder / "vae", VAES, "config.json")

@@ -7,7 +7,7 @@ had never stopped, on any number of ranks.
 
 import csv
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -61,7 +61,7 @@ def draw_batch(
     return Batch(x0, noise[mine], timestep[mine], torch.where(dropped[mine], null_class, label))
 
 
-def freeze(student: ChunkedDiT, parts: list[str]) -> None:
+def freeze(student: ChunkedDiT, parts: Sequence[str]) -> None:
     """Exclude parts of the teacher from training: its embedders, blocks or head."""
     modules = {
         "embedders": [student.embedders],
@@ -75,7 +75,8 @@ def freeze(student: ChunkedDiT, parts: list[str]) -> None:
 
 def make_optimizer(student: ChunkedDiT, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with the router in a group of its own, so that it can learn faster."""
-    router, rest = [], []
+    router: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (router if name.startswith("routing_module.") else rest).append(parameter)
@@ -157,7 +158,8 @@ def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, st
     bias = state.router_bias(student)
     supervised = weight.router > 0 and bias is not None
     with torch.inference_mode(), accelerator.autocast():
-        wanted = teacher(x_t, timestep, label).sample.float() if weight.distill > 0 or supervised else None
+        answer = teacher(x_t, timestep, label).sample.float() if weight.distill > 0 or supervised else x_t
+    wanted = answer.clone()  # out of inference mode, so that losses can keep it
     with accelerator.autocast():
         out = model(x_t, timestep, label, tail_drop=rho, guide=guide)
     sample, routing, channels = out.sample.float(), out.routing, c.in_channels
@@ -167,12 +169,12 @@ def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, st
     if weight.diffusion:
         terms["diffusion"] = F.mse_loss(sample[:, :channels], noise)
     if weight.distill:
-        terms["distill"] = F.mse_loss(sample, wanted.clone())
+        terms["distill"] = F.mse_loss(sample, wanted)
     if weight.ratio and student.routing_module is not None:
         terms["ratio_loss"] = losses.ratio_loss(routing, c.ratio, recipe.losses.ratio_group)
     if supervised:
-        estimate = losses.predicted_x0(x_t, wanted[:, :channels].clone(), alpha_bar, c.sample_range)
-        prior = lattice_prior(*x_t.shape[-2:], c.patch_size, device)
+        estimate = losses.predicted_x0(x_t, wanted[:, :channels], alpha_bar, c.sample_range)
+        prior = lattice_prior(x_t.shape[-2], x_t.shape[-1], c.patch_size, device)
         terms["router"] = losses.router_loss(routing, losses.router_target(estimate, alpha_bar, prior, c.ratio))
     loss = (
         weight.diffusion * terms["diffusion"]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from upcycle.models.chunked_dit import DETAIL_FLOOR, DETAIL_SCALE, Routing
 
-# Fewer tokens than this share of the target desaturate the noisiest steps (design, "from the grid to a learned router").
+# Fewer tokens than this share of the target desaturate the noisiest steps (docs/how-it-works.md).
 LEAST_SHARE = 2 / 3
 
 
@@ -39,7 +39,10 @@ def router_target(x0: torch.Tensor, alpha_bar: torch.Tensor, prior: torch.Tensor
     """
     detail = torch.log(alpha_bar.sqrt()[:, None] * local_deviation(x0) + DETAIL_FLOOR) / DETAIL_SCALE + prior
     size = detail.shape[1]
-    target = detail >= detail.flatten().kthvalue(round(detail.numel() * (1 - 1 / ratio)) + 1).values
+    # An exact count: a threshold would take every one of the many equal, flat positions.
+    top = detail.flatten().topk(round(detail.numel() / ratio)).indices
+    target = torch.zeros(detail.numel(), dtype=torch.bool, device=detail.device)
+    target = target.scatter(0, top, True).view_as(detail)
     least = detail.topk(max(1, int(LEAST_SHARE * size / ratio)), dim=1).indices
     return target.scatter(1, least, True)
 

@@ -94,9 +94,7 @@ def finetune(
     recipe, out = prepared.recipe, prepared.out
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    student = train(
-        recipe, prepared.student, prepared.teacher, prepared.data, out, resume=resume, on_step=on_step
-    )
+    student = train(recipe, prepared.student, prepared.teacher, prepared.data, out, resume=resume, on_step=on_step)
     export = out / "export"
     export_student(student, prepared.start, export)
     return export

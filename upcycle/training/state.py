@@ -29,14 +29,16 @@ class RunState:
     def update(self, student: ChunkedDiT) -> None:
         """Move the averages towards the student; call once a step."""
         self.ema.step(student.parameters())
-        if self.ema_bias is not None:
-            self.ema_bias.lerp_(router_bias(student).to(self.ema_bias.device), 1 - self.ema.cur_decay_value)
+        bias = router_bias(student)
+        if bias is not None and self.ema_bias is not None:
+            self.ema_bias.lerp_(bias, 1 - self.ema.cur_decay_value)
 
     def copy_to(self, student: ChunkedDiT) -> None:
         """Overwrite the student's weights by their averages."""
         self.ema.copy_to(student.parameters())
-        if self.ema_bias is not None:
-            router_bias(student).copy_(self.ema_bias)
+        bias = router_bias(student)
+        if bias is not None and self.ema_bias is not None:
+            bias.copy_(self.ema_bias)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "ema": self.ema.state_dict(), "ema_bias": self.ema_bias}
