@@ -262,19 +262,19 @@ def report(
     figure.savefig(args.out / "loss.png", dpi=80)
 
     last = history[-1]
+    earlier = []
+    if args.init:
+        first = (args.init / "TRAINING.md").read_text().splitlines()
+        earlier = [f"- after {line[2:]}, whose losses and time are counted in" for line in first if "command:" in line]
     lines = [
         "# How the digits teacher was trained",
         "",
         f"- command: `python {shlex.join(sys.argv)}`",
-        *(
-            [f"- goes on from `{args.init}`: its losses are in the curve, its time in the wall time"]
-            if args.init
-            else []
-        ),
+        *earlier,
         f"- seed {args.seed}, {args.steps} steps of {args.batch} images, learning rate {args.lr}, EMA {args.ema}",
         f"- wall time {last['seconds'] / 60:.1f} min on {args.threads} thread(s) of one CPU",
         f"- Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
-        "- the stored weights are the EMA weights of the last step; nothing was chosen by the held-out digits",
+        "- the stored weights are the EMA weights of the last step, not the best of several by the held-out digits",
         "",
         "| | value |",
         "| --- | --- |",
