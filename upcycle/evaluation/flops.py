@@ -52,9 +52,8 @@ def _router(config: Mapping[str, Any], width: int, bottleneck: int, positions: i
     return 0.0
 
 
-def _smoothing(width: int, sigma: float, side: int, positions: int) -> float:
-    taps = 2 * min(-(-int(6 * sigma * 1000) // 1000), side - 1) + 1
-    return 2 * positions * (width + 1) * 2 * taps
+def _smoothing(width: int, side: int) -> float:
+    return 4 * side**3 * (width + 1)
 
 
 def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, float]:
@@ -76,14 +75,14 @@ def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, flo
         )
         parts["chunk"] = 2 * tokens * width * (patch**2 * c_in + narrow)
         parts["head"] = 4 * width**2 + 2 * tokens * width * (patch**2 * c_out + 1)
-        parts["dechunk"] = 2 * tokens * width * narrow + _smoothing(narrow, config["smoothing_sigma"], side, positions)
+        parts["dechunk"] = 2 * tokens * width * narrow + _smoothing(narrow, side)
         base = 2 * positions * (narrow**2 + 9 * (c_in + c_out + 3) * narrow + 9 * narrow * c_out)
         parts["decoder"] = base + config["decoder_layers"] * _res_block(narrow, narrow, width, positions)
         return parts
     widths = [narrow] * config["encoder_layers"] + [width]
     parts["encoder"] = sum(_res_block(a, b, width, positions) for a, b in pairwise(widths))
     parts["router"] = _router(config, width, width // 4, positions)
-    parts["dechunk"] = _smoothing(width, config["smoothing_sigma"], side, positions) + 2 * positions * width**2
+    parts["dechunk"] = _smoothing(width, side) + 2 * positions * width**2
     decoder = [width] + [narrow] * config["decoder_layers"]
     parts["decoder"] = sum(_res_block(a, b, width, positions) for a, b in pairwise(decoder))
     parts["head"] = 4 * width * narrow + 2 * positions * narrow * c_out

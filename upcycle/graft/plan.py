@@ -250,7 +250,7 @@ def _fresh(config: dict[str, Any], initialise, seed: int, like: Piece) -> dict[s
         torch.manual_seed(seed)
         model = ChunkedDiT(**{**config, "num_layers": 0, "num_embedders": 0})
         initialise(model)
-    keep = ChunkedDiT._keep_in_fp32_modules
+    keep = tuple(ChunkedDiT._keep_in_fp32_modules)
     return {
         name: FreshTensor(tensor if name.startswith(keep) else tensor.to(like.dtype))
         for name, tensor in model.state_dict().items()

@@ -31,7 +31,6 @@ from torch import nn
 _CODE = Path(__file__).read_bytes()
 MODULE_NAME = "chunked_dit_" + hashlib.sha256(_CODE).hexdigest()[:12]
 
-KERNEL_CUTOFF = 6  # in standard deviations: exp(-6**2 / 2) = 1.5e-8, below what fp32 sees beside 1
 LATTICE = (1.5, 0.0, -2.0)  # router prior: on (0,0) mod 2p, on the rest of the teacher's grid, elsewhere
 DETAIL_FLOOR, DETAIL_SCALE = 0.03, 0.8
 WINDOW_VARIANCE_FLOOR = 3e-4
@@ -109,6 +108,36 @@ class TimestepLabelEmbedder(nn.Module):
         return h + self.class_embedder["embedding_table"](class_labels.clamp(max=self.num_classes))
 
 
+@dataclass
+class Layout:
+    """How the kept tokens of a batch lie in memory.
+
+    Even batches are [B, M, D]. Ragged ones are packed end to end, [T, D], so that no layer works on padding: ``place``
+    [T] says where a token goes in the padded B * M, which only attention needs. ``key_bias`` is added to attention
+    logits, [B, 1, 1, M] or None.
+    """
+
+    batch: int
+    longest: int
+    key_bias: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+
+    def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
+        """[B, M, D] -> [T, D], or unchanged where the batch is even."""
+        return x_BMD if self.place is None else x_BMD.flatten(0, 1)[self.place]
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Inverse of `pack`; padding is zero."""
+        if self.place is None:
+            return x
+        padded = x.new_zeros(self.batch * self.longest, x.shape[-1])
+        return padded.index_copy(0, self.place, x).unflatten(0, (self.batch, self.longest))
+
+    def per_token(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """A vector per sample, shaped to broadcast over its tokens: [B, 1, D] or [T, D]."""
+        return x_BD[:, None] if self.place is None else x_BD[self.place // self.longest]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over kept tokens, under diffusers' parameter names."""
 
@@ -120,12 +149,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x_BMD: torch.Tensor, key_bias: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (
-            to(x_BMD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        projected = (layout.pad(to(x)) for to in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_bias)
+        return self.to_out[0](layout.pack(out.transpose(1, 2).flatten(2)))
 
 
 class GELUProjection(nn.Module):
@@ -151,14 +179,14 @@ class FeedForward(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN-Zero: six modulation vectors per sample from the conditioning."""
+    """adaLN-Zero: six modulation vectors per sample from the conditioning, [B, D] each."""
 
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.linear(condition)[:, None].chunk(6, dim=-1)
+        return self.linear(condition).chunk(6, dim=-1)
 
 
 class Block(nn.Module):
@@ -171,13 +199,11 @@ class Block(nn.Module):
         self.ff = FeedForward(width)
         self.norm_eps = norm_eps
 
-    def forward(
-        self, hidden_states: torch.Tensor, condition: torch.Tensor, key_bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """hidden_states [B, M, D], condition = SiLU(c) [B, D], key_bias additive, [B, 1, 1, M] or None."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(condition)
+    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """hidden_states [B, M, D] or packed [T, D], condition = SiLU(c) [B, D]."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = map(layout.per_token, self.norm1(condition))
         h = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
-        hidden_states = hidden_states + gate_a * self.attn1(h * (1 + scale_a) + shift_a, key_bias)
+        hidden_states = hidden_states + gate_a * self.attn1(h * (1 + scale_a) + shift_a, layout)
         h = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.norm_eps)
         return hidden_states + gate_f * self.ff(h * (1 + scale_f) + shift_f)
 
@@ -336,21 +362,23 @@ def smooth(
     """Confidence-weighted Gaussian smoothing among kept tokens (DC-DiT, step 6), fp32 [B, M, D].
 
     h_i <- p_i h_i + (1 - p_i) sum_j W_ij h_j, W_ij = exp(-d_ij^2 / 2 sigma^2) p_j with rows normalised. Done as a
-    normalised separable convolution on the grid, with the kernel cut where fp32 no longer sees it: O(L), never M x M.
+    normalised separable convolution on the grid, one small matrix product an axis: O(L (H + W)), never M x M.
     """
     h, p = h_BMD.float(), (p_BM.float().clamp(1e-4, 1 - 1e-4) * valid)[:, :, None]
     batch, _, width = h.shape
     plane = h.new_zeros(batch, grid[0] * grid[1], width + 1)
     plane.scatter_add_(1, index[:, :, None].expand(-1, -1, width + 1), torch.cat([p * h, p], dim=-1))
-    plane = plane.transpose(1, 2).reshape(batch * (width + 1), 1, *grid)
-    radius = min(math.ceil(KERNEL_CUTOFF * sigma), max(grid) - 1)
-    offset = torch.arange(-radius, radius + 1, device=h.device, dtype=torch.float32)
-    kernel = torch.exp(-(offset**2) / (2 * sigma**2))
+    plane = plane.transpose(1, 2).unflatten(2, grid)
     with torch.autocast(h.device.type, enabled=False):
-        plane = F.conv2d(plane, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-        plane = F.conv2d(plane, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    total = gather_tokens(plane.view(batch, width + 1, -1).transpose(1, 2), index)
+        plane = _gaussian(grid[0], sigma, h.device) @ plane @ _gaussian(grid[1], sigma, h.device)
+    total = gather_tokens(plane.flatten(2).transpose(1, 2), index)
     return p * h + (1 - p) * total[..., :-1] / (total[..., -1:] + 1e-8)
+
+
+def _gaussian(n: int, sigma: float, device: torch.device) -> torch.Tensor:
+    """exp(-(i - j)^2 / 2 sigma^2), fp32 [n, n]."""
+    i = torch.arange(n, device=device, dtype=torch.float32)
+    return torch.exp(-((i[:, None] - i) ** 2) / (2 * sigma**2))
 
 
 def position_embedding(length: int, width: int, scale: float, device: torch.device) -> torch.Tensor:
@@ -466,9 +494,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
     _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
-    _keep_in_fp32_modules = ("routing_module",)
-    _skip_layerwise_casting_patterns = ("pos_embed", "norm", "routing_module")
+    # Lists, not tuples: diffusers wraps anything else into a list of one.
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["routing_module"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "routing_module"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -624,8 +653,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
                     )
                     detail = local_detail(x, self.alpha_bar(timestep))
                     score = score + prior + detail
-                    sign = self.untrained_sign(detail, (height, width))
-                    logit = score + self.routing_module.bias.float() + guide * sign
+                    logit = score + self.routing_module.bias.float()
+                    if isinstance(guide, torch.Tensor) or guide:
+                        logit = logit + guide * self.untrained_sign(detail, (height, width))
             probability = torch.sigmoid(logit)
             always = torch.zeros(size, dtype=torch.bool, device=device)
             always[0] = True
@@ -636,8 +666,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             natural = ranking > 0
             mask = natural
             if isinstance(tail_drop, torch.Tensor) or tail_drop > 0:
-                drop = torch.as_tensor(tail_drop, dtype=torch.float32, device=device).expand(x.shape[0])
-                mask = drop_tail(natural, ranking.detach(), drop)
+                if not isinstance(tail_drop, torch.Tensor):
+                    tail_drop = torch.full((x.shape[0],), tail_drop, device=device)  # made there, not copied
+                mask = drop_tail(natural, ranking.detach(), tail_drop.to(device, torch.float32))
         return Routing(logit, probability, natural, mask, score)
 
     def untrained_sign(self, detail: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -687,18 +718,30 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         return ChunkedDiTOutput(sample=sample, routing=routing)
 
     def run_blocks(
-        self, tokens: torch.Tensor, conditions: list[torch.Tensor], key_bias: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        conditions: list[torch.Tensor],
+        key_bias: torch.Tensor | None,
+        valid: torch.Tensor,
+        total: int,
     ) -> torch.Tensor:
-        """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None."""
+        """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None.
+
+        ``valid`` bool [B, M] marks the ``total`` tokens that are not padding; padding comes back as zero.
+        """
+        layout = Layout(*valid.shape)
         if key_bias is not None:
-            key_bias = key_bias.to(tokens.dtype)[:, None, None]
+            layout.key_bias = key_bias.to(tokens.dtype)[:, None, None]
+        if total < valid.numel():
+            layout.place = compact(valid.view(1, -1), total)[0][0]
+        tokens = layout.pack(tokens)
         for i, block in enumerate(self.transformer_blocks):
             condition = conditions[i % len(conditions)]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, condition, key_bias)
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, layout)
             else:
-                tokens = block(tokens, condition, key_bias)
-        return tokens
+                tokens = block(tokens, condition, layout)
+        return layout.pad(tokens)
 
     def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
         c = self.config
@@ -718,11 +761,11 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         log_cell = torch.where(routing.mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0)
         count = routing.mask.sum(1)
         # The one host synchronisation that a ragged batch needs.
-        longest, shortest, uneven = torch.stack([count.max(), count.min(), (log_cell != 0).any()]).tolist()
+        longest, total, uneven = torch.stack([count.max(), count.sum(), (log_cell != 0).any()]).tolist()
         index, valid, slot = compact(routing.mask, longest)
         owner_slot = slot.gather(1, owner)
         key_bias = None
-        if uneven or shortest < longest:
+        if uneven or total < valid.numel():
             key_bias = log_cell.gather(1, index).masked_fill(~valid, -torch.inf)
 
         # Tokens: the teacher's embedding of the window, moved towards the mean of the cell, plus a learned part.
@@ -734,7 +777,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         tokens = tokens + self.widen(gather_tokens(features.flatten(2).transpose(1, 2), index))
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
 
-        tokens = self.run_blocks(tokens, conditions, key_bias)
+        tokens = self.run_blocks(tokens, conditions, key_bias, valid, total)
 
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         shift, scale = self.proj_out_1(conditions[0])[:, None].chunk(2, dim=-1)
@@ -840,14 +883,14 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
 
         count = routing.mask.sum(1)
-        longest, shortest = torch.stack([count.max(), count.min()]).tolist()
+        longest, total = torch.stack([count.max(), count.sum()]).tolist()
         index, valid, slot = compact(routing.mask, longest)
         key_bias = None
-        if shortest < longest:
+        if total < valid.numel():
             key_bias = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         tokens = gather_tokens(h_BLD, index)
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
-        tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias))
+        tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias, valid, total))
 
         owner = nearest_kept(routing.mask, height, width, 0.0)
         p = routing.probability.gather(1, index)
