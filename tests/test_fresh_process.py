@@ -68,6 +68,7 @@ THREE_WAYS = """
     for dtype in (torch.bfloat16, torch.float16):
         low = DiffusionPipeline.from_pretrained(where, trust_remote_code=True, torch_dtype=dtype)
         assert low.transformer.dtype == dtype
+        assert {p.dtype for p in low.transformer.routing_module.parameters()} == {torch.float32}
         assert draw(low).isfinite().all()
         low.save_pretrained(f"{scratch}/{dtype}", variant="low")
         again = DiffusionPipeline.from_pretrained(
@@ -162,6 +163,9 @@ def test_converted_in_shards(pipeline_dir, tmp_path):
 
 def test_half_precision_source_gives_a_half_precision_export(dit, tmp_path):
     tiny.save_pipeline(tmp_path / "fp16", copy.deepcopy(dit).half(), variant="fp16")
+    vae = tmp_path / "fp16" / "vae" / "diffusion_pytorch_model.safetensors"
+    vae.rename(vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    run("sample", tmp_path / "fp16", "--classes", "1", "--steps", "1", "-o", tmp_path / "drawn")
     run("convert", tmp_path / "fp16", "-o", tmp_path / "out", "--no-verify")
     fresh(
         """

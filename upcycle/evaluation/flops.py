@@ -89,7 +89,15 @@ def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, flo
     return parts
 
 
+def tokens_at_ratio(config: Mapping[str, Any]) -> float:
+    """Tokens that a router keeps when it meets its ratio (a fixed grid: its own count)."""
+    side = config["sample_size"]
+    if config["router"] == "grid":
+        return (-(-side // round(config["ratio"] ** 0.5))) ** 2
+    return side**2 / config["ratio"]
+
+
 def student_flops_by_tail_drop(config: Mapping[str, Any], steps: int = PAPER_STEPS) -> dict[str, float]:
     """FLOPs per image at tail drop 0, 0.3 and 0.6 with the router at its target ratio, unguided, over ``steps``."""
-    kept = config["sample_size"] ** 2 / config["ratio"]
+    kept = tokens_at_ratio(config)
     return {f"{rho:g}": steps * sum(chunked_dit_flops(config, kept - int(kept * rho)).values()) for rho in TAIL_DROPS}

@@ -1,7 +1,8 @@
 """What a bare checkpoint lacks for sampling: a VAE, and the scheduler that DiT pipelines ship."""
 
+import atexit
 import dataclasses
-import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from diffusers import DDIMScheduler
 
 from upcycle.errors import UpcycleError
 from upcycle.sources import DiTConfig, Source, hub
+from upcycle.sources.weight_files import read_json
 
 
 def with_vae(source: Source, spec: str) -> Source:
@@ -20,7 +22,7 @@ def with_vae(source: Source, spec: str) -> Source:
         UpcycleError: no VAE there, or one whose latents have other channels than the model takes.
     """
     folder = _vae_folder(spec)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(f"--vae {spec}", folder / "config.json")
     channels = config.get("latent_channels", config.get("in_channels"))
     assert isinstance(source.config, DiTConfig) or source.kind == "dc-dit"
     if channels != source.config.in_channels:
@@ -30,8 +32,9 @@ def with_vae(source: Source, spec: str) -> Source:
         )
     components = {**source.components, "vae": folder}
     if "scheduler" not in components:
-        # Meta's schedule; kept in a temporary folder until the conversion copies it.
+        # Meta's schedule; kept in a temporary folder from which the conversion copies it.
         made = Path(tempfile.mkdtemp(prefix="upcycle-scheduler-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
         DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False).save_pretrained(made)
         components["scheduler"] = made
     return dataclasses.replace(source, components=components)
@@ -44,7 +47,9 @@ def _vae_folder(spec: str) -> Path:
             raise UpcycleError(f"--vae {spec}: no such folder, and no Hub id (owner/name) either; check it")
         folder = hub.fetch_vae(spec)
     for candidate in (folder, folder / "vae"):
-        config = candidate / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("_class_name", "").startswith("Autoencoder"):
+        if not (candidate / "config.json").is_file():
+            continue
+        name = read_json(f"--vae {spec}", candidate / "config.json").get("_class_name")
+        if isinstance(name, str) and name.startswith("Autoencoder"):
             return candidate
     raise UpcycleError(f"--vae {spec} holds no VAE: neither config.json nor vae/config.json names an Autoencoder")

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 import upcycle
+from upcycle.errors import UpcycleError
 from upcycle.graft.plan import Plan
 from upcycle.graft.writer import write_weights
 from upcycle.models import chunked_dit
 from upcycle.output import new_folder
+from upcycle.sources.weight_files import pick_file, read_json, shards_of, variants
 
 CLASS_REFERENCE = f"{chunked_dit.MODULE_NAME}.ChunkedDiT"
 DEFAULT_SHARD_BYTES = 10 * 2**30
-DIT_PIPELINE = {"_class_name": "DiTPipeline"}
 
 
 def convert(
@@ -32,8 +34,8 @@ def convert(
     Raises `UpcycleError` where ``out`` exists (without ``force``), where space runs out, and for NaN weights; nothing
     is left half-written.
     """
-    source_path = Path(plan.source.spec)
-    keep = (source_path, *plan.source.components.values()) if source_path.exists() else ()
+    local = Path(plan.source.spec).expanduser()
+    keep = (*((local,) if local.exists() else ()), *plan.source.components.values())
     with new_folder(out, force, bytes_needed=plan.bytes, keep=keep) as folder:
         transformer = folder / "transformer"
         transformer.mkdir()
@@ -42,24 +44,47 @@ def convert(
         _patch_json(transformer / "config.json", num_layers=plan.config["num_layers"])
         write_weights(transformer, plan.pieces, {"format": "pt", **_provenance(plan)}, max_shard_bytes, written)
         for name, path in plan.source.components.items():
-            shutil.copytree(path, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            copy_component(plan.source.spec, path, folder / name)
         if {"vae", "scheduler"} <= plan.source.components.keys():
-            index = pipeline_index(folder, plan.source.model_index or {})
+            index = pipeline_index(plan.source.spec, folder, plan.source.model_index or {})
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def pipeline_index(folder: Path, theirs: dict[str, Any]) -> dict[str, Any]:
-    """model_index.json of a stock `DiTPipeline` whose transformer is the student."""
+def copy_component(spec: str, source: Path, target: Path) -> None:
+    """Copy a component folder with one format of its weights; the only variant there is becomes the plain one."""
+    target.mkdir()
+    names = [path.name for path in source.iterdir() if path.is_file() and not path.name.startswith(".")]
+    wishes = [None, *variants(names)]
+    variant, chosen = next(((w, f) for w in wishes if (f := pick_file(names, w))), (None, None))
+    shards = shards_of(spec, source, chosen) if chosen else []
+    rename = variant is not None and shards == [chosen]
+    for name in names:
+        weights = name.endswith((".safetensors", ".bin", ".index.json")) or ".index." in name
+        if not weights or name in shards or name == chosen:
+            new = name.replace(f".{variant}.", ".") if rename and name in shards else name
+            shutil.copyfile(source / name, target / new)
+
+
+def pipeline_index(spec: str, folder: Path, theirs: dict[str, Any]) -> dict[str, Any]:
+    """model_index.json of a stock `DiTPipeline` whose transformer is the student.
+
+    Classes are named after the components' own configs: what an index of a stranger says is not repeated.
+    """
     index: dict[str, Any] = {
-        **DIT_PIPELINE,
-        "_diffusers_version": theirs.get("_diffusers_version", "0.42.1"),
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": diffusers.__version__,
         "auto_map": {"AutoModel": CLASS_REFERENCE},
         "transformer": CLASS_REFERENCE.split("."),
     }
     for name, file in (("vae", "config.json"), ("scheduler", "scheduler_config.json")):
-        class_name = json.loads((folder / name / file).read_text())["_class_name"]
-        index[name] = theirs.get(name, ["diffusers", class_name])
-    if "id2label" in theirs:
+        config = read_json(spec, folder / name / file)
+        module, _, class_name = config.get("auto_map", {}).get("AutoModel", "").partition(".")
+        if not (class_name and (folder / name / f"{module}.py").is_file()):
+            module, class_name = "diffusers", config.get("_class_name")
+        if not isinstance(class_name, str):
+            raise UpcycleError(f"{spec}: {name}/{file} names no class; fetch it again")
+        index[name] = [module, class_name]
+    if isinstance(theirs.get("id2label"), dict):
         index["id2label"] = theirs["id2label"]
     return index
 

@@ -1,9 +1,9 @@
 """Write a trained student as the same kind of folder that `convert` writes."""
 
 import json
-import shutil
 from pathlib import Path
 
+from upcycle.graft.convert import copy_component
 from upcycle.models import chunked_dit
 from upcycle.output import new_folder
 
@@ -17,7 +17,7 @@ def export_student(student: chunked_dit.ChunkedDiT, start: Path, out: Path) -> N
         student.save_pretrained(folder / "transformer", max_shard_size="10GB")
         for name in ("vae", "scheduler"):
             if (start / name).is_dir():
-                shutil.copytree(start / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+                copy_component(str(start), start / name, folder / name)
         if (start / "model_index.json").is_file():
             index = json.loads((start / "model_index.json").read_text())
             index["auto_map"] = {"AutoModel": f"{chunked_dit.MODULE_NAME}.ChunkedDiT"}

@@ -1,6 +1,5 @@
 """What a conversion will make, decided before anything is written: the student's config, its tensors, their cost."""
 
-import json
 import math
 import resource
 import sys
@@ -18,6 +17,7 @@ from upcycle.graft.embedders import merge_embedders
 from upcycle.graft.writer import Piece, nbytes
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.sources import DCDiTConfig, DiTConfig, Source, check_finite
+from upcycle.sources.weight_files import read_json
 
 INITS = ("exact", "paper")
 SCAFFOLDS = ("lean", "paper")
@@ -196,7 +196,8 @@ def _plan_graft(source: Source, teacher: DiTConfig, options: Options) -> Plan:
     notes = list(source.notes)
     if num_embedders > 1:
         notes.append(f"the blocks' embedders differ: {num_embedders} copies are kept instead of one")
-    same_grid = lean and ratio == teacher.patch_size**2
+    patches = (teacher.sample_size // teacher.patch_size) ** 2
+    same_grid = lean and round(teacher.sample_size**2 / ratio) == patches
     if same_grid and options.router != "random":
         notes.append(
             f"ratio {ratio:g} keeps as many tokens as the teacher's patches: savings come from tail dropping "
@@ -236,6 +237,7 @@ def _plan_authors(source: Source, theirs: DCDiTConfig, options: Options) -> Plan
             "encoder_layers": theirs.encoder_layers,
             "decoder_layers": theirs.decoder_layers,
             "smoothing_sigma": theirs.sigma,
+            "ratio": theirs.ratio,
         }
     )
     pieces: dict[str, Piece] = {
@@ -259,7 +261,7 @@ def _fresh(config: dict[str, Any], initialise, seed: int, like: Piece) -> dict[s
 
 def _component_config(source: Source, component: str, file: str) -> dict[str, Any]:
     folder = source.components.get(component)
-    return json.loads((folder / file).read_text()) if folder and (folder / file).is_file() else {}
+    return read_json(source.spec, folder / file) if folder and (folder / file).is_file() else {}
 
 
 def _schedule(source: Source) -> dict[str, Any]:

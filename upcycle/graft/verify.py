@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -10,6 +9,9 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from upcycle.graft.embedders import _COPY
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.sources import DiTConfig, Source
+from upcycle.sources.student import load_student
+
+__all__ = ["Difference", "load_student", "load_teacher", "measure_difference"]
 
 EXACT_TOLERANCE = 1e-5
 TIMESTEPS = (999, 960, 800, 600, 400, 200, 40, 0)
@@ -60,11 +62,6 @@ def load_teacher(source: Source) -> DiTTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-def load_student(folder: Path) -> ChunkedDiT:
-    """The converted transformer of an export, fp32, in eval mode."""
-    return ChunkedDiT.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval().requires_grad_(False)
-
-
 @torch.inference_mode()
 def measure_difference(
     teacher: DiTTransformer2DModel,
@@ -90,7 +87,7 @@ def measure_difference(
         step()
     # Random weights make wild samples; real ones are within a few standard deviations already.
     x0 = x0 / x0.std().clamp(min=1)
-    largest, kept, by_timestep = 0.0, 0.0, {}
+    largest, kept, by_timestep = torch.zeros(()), 0.0, {}
     for i, t in enumerate(TIMESTEPS):
         timestep = torch.full((len(labels),), t)
         x_t = scheduler.add_noise(x0, torch.randn(shape, generator=generator), timestep)
@@ -98,11 +95,11 @@ def measure_difference(
         expected = teacher(x_t, timestep, y).sample
         got = student(x_t, timestep, y)
         error = got.sample - expected
-        largest = max(largest, error.abs().max().item())
+        largest = torch.maximum(largest, error.abs().max())  # keeps a NaN, which max() would lose
         by_timestep[t] = (error.square().mean() / expected.square().mean()).sqrt().item()
         kept += got.routing.mask.sum(1).float().mean().item() / len(TIMESTEPS)
         step()
-    return Difference(largest, by_timestep, kept)
+    return Difference(largest.item(), by_timestep, kept)
 
 
 MEASURE_STEPS = 8 + len(TIMESTEPS)

@@ -1,6 +1,5 @@
 """Load a teacher or a student as a stock `DiTPipeline`, without running code from the folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from upcycle.errors import UpcycleError
-from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class
 from upcycle.sources import hub
+from upcycle.sources.student import load_student
+from upcycle.sources.weight_files import pick_file, read_json, variants
 
-TRANSFORMERS = {"ChunkedDiT": ChunkedDiT, "DiTTransformer2DModel": DiTTransformer2DModel}
+TRANSFORMERS = {"DiTTransformer2DModel": DiTTransformer2DModel}
 VAES = {"IdentityVAE": IdentityVAE, "AutoencoderKL": AutoencoderKL}
 SCHEDULERS = {
     cls.__name__: cls for cls in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
@@ -42,13 +42,17 @@ def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
         raise UpcycleError(
             f"{spec} has no VAE and scheduler to sample with; convert its source again with --vae ID|DIR"
         )
-    index = _read_json(folder / "model_index.json")
-    transformer = _load(spec, folder / "transformer", TRANSFORMERS, "config.json")
+    index = read_json(spec, folder / "model_index.json")
+    if read_json(spec, folder / "transformer" / "config.json").get("_class_name") == "ChunkedDiT":
+        transformer = load_student(folder)
+    else:
+        transformer = _load(spec, folder / "transformer", TRANSFORMERS, "config.json")
     vae = _load(spec, folder / "vae", VAES, "config.json")
     scheduler = _load(spec, folder / "scheduler", SCHEDULERS, "scheduler_config.json")
     if isinstance(transformer, DiTTransformer2DModel):
         clamp_null_class(transformer)
-    id2label = {int(k): v for k, v in index.get("id2label", {}).items()}
+    names = index.get("id2label")
+    id2label = {int(k): str(v) for k, v in names.items() if k.isdigit()} if isinstance(names, dict) else None
     return DiTPipeline(transformer, vae, scheduler, id2label=id2label or None)
 
 
@@ -61,20 +65,17 @@ def class_count(pipe: DiTPipeline) -> int:
 def _load(spec: str, folder: Path, known: dict[str, Any], file: str) -> Any:
     if not (folder / file).is_file():
         raise UpcycleError(f"{spec} lacks {folder.name}/{file}, which sampling needs")
-    name = _read_json(folder / file).get("_class_name")
+    name = read_json(spec, folder / file).get("_class_name")
     name = "DiTTransformer2DModel" if name == "Transformer2DModel" else name
     if name not in known:
         raise UpcycleError(f"{spec}: {folder.name} is a {name}; known are {', '.join(known)}")
     try:
         if folder.name == "scheduler":
             return known[name].from_pretrained(folder)
-        return known[name].from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError) as error:
+        files = [path.name for path in folder.iterdir()]
+        variant = next((w for w in (None, *variants(files)) if pick_file(files, w)), None)
+        return (
+            known[name].from_pretrained(folder, torch_dtype=torch.float32, variant=variant).eval().requires_grad_(False)
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UpcycleError(f"{spec}: {folder.name} does not load: {' '.join(str(error).split())[:300]}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UpcycleError(f"{path} is not valid JSON: {error}") from error

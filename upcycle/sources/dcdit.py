@@ -27,6 +27,8 @@ def open_dcdit(spec: str, path: Path, tensors: Mapping[str, LazyTensor], setting
         raise UpcycleError(f"{spec}: was trained without label dropout and has no null class, which is not supported")
     hnet = setting(settings, "model", "hnet")
     stages = setting(hnet, "num_heads")
+    stated = setting(settings, "training", "downsample_factor")
+    stated = stated[0] if isinstance(stated, list) and stated else stated
     config = DCDiTConfig(
         d_model=width,
         heads=choose_heads(spec, width, heads, stages[-1] if isinstance(stages, list) and stages else None, notes),
@@ -39,6 +41,7 @@ def open_dcdit(spec: str, path: Path, tensors: Mapping[str, LazyTensor], setting
         sigma=_sigma(spec, setting(hnet, "dechunk_kernel_sigma"), grid, notes),
         encoder_layers=count_layers(tensors, "hnet.encoder.layers."),
         decoder_layers=count_layers(tensors, "hnet.decoder.layers."),
+        ratio=float(stated) if isinstance(stated, int | float) and stated > 1 else 4.0,
     )
     check_tensors(spec, _shapes(config), tensors)
     return Source("dc-dit", spec, path.stem, config, tensors, notes=notes)

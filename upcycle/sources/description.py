@@ -48,6 +48,8 @@ class DCDiTConfig:
     sigma: float
     encoder_layers: int
     decoder_layers: int
+    ratio: float = 4.0
+    """Target ratio of its training, from its config; 4 where there is none."""
 
 
 @dataclass(frozen=True)
