@@ -4,11 +4,13 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+WRITE_BYTES = 2**20
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -55,14 +57,21 @@ def write_safetensors(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for (name, piece), tensor in zip(ordered, _loaded(piece for _, piece in ordered), strict=True):
             assert tensor.shape == torch.Size(piece.shape), name
             assert tensor.dtype == piece.dtype, name
-            file.write(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+            if tensor.numel():
+                _write(file, memoryview(tensor.flatten().view(torch.uint8).numpy()))
             written(nbytes(piece))
+
+
+def _write(file: RawIOBase, data: memoryview) -> None:
+    """Write in small pieces: three times as fast as one large write (docs/log.md), and raw files may write less."""
+    while data:
+        data = data[file.write(data[:WRITE_BYTES]) :]
 
 
 def _loaded(pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
