@@ -2,15 +2,24 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from conftest import ROOT, run
 from fake_hub import FakeHub
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tiny import GOLDEN
+
+from upcycle.errors import UpcycleError
+from upcycle.output import check_output, disk_full, new_folder, to_json
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -39,6 +48,24 @@ def refused(failing, tmp_path):
     return check
 
 
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run the command line in this process; returns exit code, stdout and stderr."""
+    from upcycle.cli import main
+
+    def run_here(*arguments):
+        monkeypatch.setattr(sys, "argv", ["upcycle", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        return exit_info.value.code, captured.out, captured.err
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run_here
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("ratio", "says"),
     [("1", "greater than 1"), ("0.5", "greater than 1"), ("-4", "greater than 1"), ("four", "not a number"),
@@ -54,7 +81,8 @@ def test_ratio(pipeline_dir, refused, ratio, says):
      (["--router", "grid", "--ratio", "6"], "square"), (["--router", "best"], "predictability"),
      (["--weights", "best"], "ema"), (["--time-embedding", "mine"], "meta"), (["--max-shard-size", "big"], "5GB"),
      (["--revision", "main"], "revision"), (["--variant", "fp16"], "fp16"), (["--vae", "nowhere"], "nowhere"),
-     (["--frobnicate"], "frobnicate"), (["--seed", "x"], "--seed")],
+     (["--frobnicate"], "frobnicate"), (["--seed", "x"], "--seed"), (["--seed", 2**70], "--seed"),
+     (["--max-shard-size", "infGB"], "infGB"), (["--max-shard-size", "0GB"], "0GB"), (["-o", "x" * 300], "too long")],
 )  # fmt: skip
 def test_options(pipeline_dir, refused, options, says):
     refused(pipeline_dir, *options, says=[says])
@@ -158,6 +186,185 @@ def test_force_never_deletes_what_is_not_an_output_or_holds_the_source(pipeline_
     assert "is a file" in failing("convert", pipeline_dir, "-o", tmp_path / "file")
 
 
+def test_force_never_deletes_the_model_that_is_sampled(export_dir, failing, tmp_path):
+    model = shutil.copytree(export_dir, tmp_path / "demo" / "pipeline")
+    (tmp_path / "demo" / "report.json").write_text("{}")
+    for out in (model, model.parent):
+        assert "delete" in failing("sample", model, "-o", out, "--force", "--steps", "1")
+    assert (model / WEIGHTS).is_file()
+
+
+def test_force_replaces_outputs_only(export_dir, pipeline_dir, tmp_path):
+    def holding(*names):
+        folder = tmp_path / "samples"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("x")
+        return folder
+
+    demo = tmp_path / "demo"
+    shutil.copytree(export_dir, demo / "pipeline")
+    for name in ("report.json", "samples.png", "router.png", "compression.png"):
+        (demo / name).write_text("{}")
+    export = shutil.copytree(export_dir, tmp_path / "export")
+    for out in (demo, export, holding(), holding("samples.png", "class0001-seed7.png")):
+        check_output(out, force=True)
+
+    for folder in (demo, export):
+        (folder / "thesis.txt").write_text("years of work")
+        with pytest.raises(UpcycleError, match=r"thesis\.txt"):
+            check_output(folder, force=True)
+    with pytest.raises(UpcycleError, match=r"holiday\.png"):
+        check_output(holding("samples.png", "holiday.png"), force=True)
+    for names in (["config.json"], ["model_index.json"], ["report.json"], ["run.json"]):
+        with pytest.raises(UpcycleError, match="does not look like"):
+            check_output(holding(*names), force=True)
+    with pytest.raises(UpcycleError, match="does not look like"):
+        check_output(shutil.copytree(pipeline_dir, tmp_path / "stock"), force=True)
+
+
+def test_force_replaces_what_a_link_points_to(export_dir, tmp_path):
+    shutil.copytree(export_dir, tmp_path / "export")
+    (tmp_path / "link").symlink_to("export")
+    with new_folder(tmp_path / "link", force=True) as folder:
+        (folder / "new").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "link"]
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["new"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UpcycleError, match="loop"):
+        check_output(tmp_path / "loop", force=True)
+
+
+def test_a_replacement_that_fails_at_the_last_moment_leaves_the_old_folder(export_dir, tmp_path):
+    out = shutil.copytree(export_dir, tmp_path / "out")
+    with pytest.raises(UpcycleError, match="cannot be used"), new_folder(out, force=True) as folder:
+        shutil.rmtree(folder)
+    assert (out / WEIGHTS).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path):
+    with new_folder(tmp_path / ("x" * 255), force=False) as folder:
+        (folder / "new").write_text("x")
+    assert (tmp_path / ("x" * 255) / "new").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_a_full_disk_whoever_reports_it(tmp_path, error):
+    with pytest.raises(UpcycleError, match="no space left"), new_folder(tmp_path / "out", force=False):
+        raise RuntimeError("saving failed") from error
+    assert list(tmp_path.iterdir()) == []
+    assert not disk_full(ValueError("something else"))
+
+
+def test_what_users_name_is_printed_as_it_is(pipeline_dir, failing, command, tmp_path, monkeypatch):
+    assert "foo[/bar]" in failing("convert", "foo[/bar]")
+    assert "foo[/bar]" in failing("sample", "foo[/bar]")
+    monkeypatch.chdir(tmp_path)
+    for name in ("o[/x]", "o[b] :smile:", "long " * 40):
+        code, out, err = command("convert", pipeline_dir, "-o", name, "--no-verify")
+        assert code in (0, None), err
+        assert out.splitlines()[-1] == name
+        assert name in command("convert", pipeline_dir, "-o", name, "--dry-run")[1]
+
+
+def test_the_resume_hint_can_be_pasted(command, tmp_path, monkeypatch):
+    from upcycle.training import loop, run
+
+    def interrupted(*_, **__):
+        raise loop.Interrupted(3)
+
+    recipe = tmp_path / "my recipe.yaml"
+    recipe.write_text("teacher: digits\ndata: digits\nout: run\nsteps: 3\n")
+    monkeypatch.setattr(run, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(run, "finetune", interrupted)
+    given = ["finetune", str(recipe), "--set", "freeze=[blocks]"]
+    code, _, err = command(*given)
+    assert code == 130
+    assert shlex.split(err.strip().splitlines()[-1].partition("go on with: ")[2]) == ["upcycle", *given, "--resume"]
+
+
+def test_an_interrupted_demo_is_no_fault(command, tmp_path, monkeypatch):
+    from upcycle import demo
+    from upcycle.training.loop import Interrupted
+
+    def interrupted(*_, **__):
+        raise Interrupted(7)
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    code, _, err = command("demo", "-o", tmp_path / "out")
+    assert code == 130
+    assert "interrupted at step 7" in err
+    assert "fault" not in err
+
+
+def test_sigterm_leaves_nothing_half_written(pipeline_dir, command, tmp_path, monkeypatch):
+    from upcycle.graft import convert
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that without a handler the conversion would succeed
+    monkeypatch.setattr(convert, "write_weights", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, _, err = command("convert", pipeline_dir, "-o", tmp_path / "out", "--no-verify")
+    assert (code, err.strip().splitlines()[-1]) == (130, "error: interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("worst", [1e-3, float("nan")])
+def test_a_conversion_that_should_be_exact_and_is_not(pipeline_dir, command, tmp_path, monkeypatch, worst):
+    from upcycle.graft import verify
+
+    measured = verify.Difference(worst, {999: worst}, 64)
+    monkeypatch.setattr(verify, "measure_difference", lambda *_, **__: measured)
+    code, out, err = command("convert", pipeline_dir, "-o", tmp_path / "out", "--json")
+    assert code == 1
+    assert "differs from its teacher" in err
+    report = json.loads(out, parse_constant=pytest.fail)
+    assert report["max_abs_diff"] == (None if worst != worst else worst)
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_json_is_strict():
+    value = {"a": [float("nan"), 1.5], "b": {"c": (float("inf"), -float("inf"))}, "d": 2}
+    assert json.loads(to_json(value)) == {"a": [None, 1.5], "b": {"c": [None, None]}, "d": 2}
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]", "{}", '{"_class_name": 3}'])
+def test_vae_that_is_none(refused, tmp_path, content):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(content)
+    refused(GOLDEN / "meta_dit_tiny.pt", "--vae", tmp_path / "vae", says=["--vae", str(tmp_path / "vae")])
+
+
+def test_the_scheduler_made_beside_a_vae_is_removed(pipeline_dir, command, tmp_path, monkeypatch):
+    from upcycle.graft import components
+
+    at_exit = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(components.atexit, "register", lambda *call, **options: at_exit.append((call, options)))
+    code, _, err = command("convert", GOLDEN / "meta_dit_tiny.pt", "--vae", pipeline_dir, "--dry-run")
+    assert code in (0, None), err
+    assert [path.name[:18] for path in tmp_path.iterdir()] == ["upcycle-scheduler-"]
+    for (function, *arguments), options in at_exit:
+        function(*arguments, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_command_prints_the_help(command):
+    code, out, err = command()
+    assert code == 2
+    assert "Usage" in out + err
+    assert not re.search(r"^error:", err, flags=re.M)
+
+
 def test_no_space_left(pipeline_dir, tmp_path):
     """A file-size limit stands in for a full disk: writing fails in the middle of the weights."""
     code = (
@@ -230,6 +437,12 @@ def test_sample(export_dir, pipeline_dir, failing, tmp_path):
     assert "at least 1" in failing("sample", export_dir, "--steps", "0", *out)
     assert "nowhere" in failing("sample", tmp_path / "nowhere", *out)
     assert "no pipeline" in failing("sample", export_dir / "transformer", *out)
+    for scale in ("nan", "inf"):
+        assert "--guidance-scale" in failing("sample", export_dir, "--guidance-scale", scale, *out)
+    assert "--device meta" in failing("sample", export_dir, "--device", "meta", *out)
+    assert "--seed" in failing("sample", export_dir, "--seed", 2**70, *out)
+    assert "--revision" in failing("sample", export_dir, "--revision", "main", *out)
+    assert "too long" in failing("sample", export_dir, "-o", tmp_path / ("x" * 300))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,25 +1,35 @@
 """Post-training: the losses against their definitions, and the real loop on the digits."""
 
 import csv
+import dataclasses
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
 from conftest import ROOT, run
 from safetensors.torch import load_file, save_file
 
+from upcycle.errors import UpcycleError
+from upcycle.graft.convert import convert
+from upcycle.graft.plan import Options, make_plan
 from upcycle.models.chunked_dit import ChunkedDiT, Routing, lattice_prior
 from upcycle.recipe import Recipe
+from upcycle.sources import open_source
 from upcycle.training import losses
 from upcycle.training.data import batch_rows, open_data
 from upcycle.training.digits import TEACHER, load_digits
 from upcycle.training.loop import draw_batch
+from upcycle.training.run import finetune, prepare
 
 WEIGHTS = "export/transformer/diffusion_pytorch_model.safetensors"
 SHORT = {"steps": 6, "batch_size": 8, "save_every": 2, "log_every": 1, "anneal": {"until": 0.5}}
@@ -44,25 +54,29 @@ def test_ratio_loss_is_least_where_the_ratio_is_met():
     assert groups.item() == pytest.approx((sum(each) / 4).item())
 
 
+def router_target(x0, alpha_bar, prior):
+    return losses.router_target(losses.visible_detail(x0, alpha_bar, prior), 4)
+
+
 def test_router_target_shares_the_budget_over_the_batch():
     """Detail decides over the whole batch; every sample gets at least two thirds of its even share."""
     generator = torch.Generator().manual_seed(0)
     x0 = torch.zeros(4, 1, 16, 16)
     x0[0] = torch.randn(1, 16, 16, generator=generator)
-    target = losses.router_target(x0, torch.full((4,), 0.9), torch.zeros(256), 4)
+    target = router_target(x0, torch.full((4,), 0.9), torch.zeros(256))
     counts = target.sum(1).tolist()
     assert counts[0] > 128
     assert min(counts) >= int(256 / 6)
     assert sum(counts) <= 256 + 3 * int(256 / 6)
     alike = torch.randn(4, 1, 16, 16, generator=generator)
-    noisy = losses.router_target(alike, torch.tensor([1e-4, 0.9, 0.9, 0.9]), torch.zeros(256), 4).sum(1)
+    noisy = router_target(alike, torch.tensor([1e-4, 0.9, 0.9, 0.9]), torch.zeros(256)).sum(1)
     assert noisy[0] == int(256 / 6), "detail that the noise hides attracts no tokens"
     assert noisy[1:].sum() == 256
 
 
 def test_router_target_on_flat_images_is_the_lattice():
     prior = lattice_prior(16, 16, 2, torch.device("cpu"))
-    target = losses.router_target(torch.zeros(2, 1, 16, 16), torch.full((2,), 0.5), prior, 4)
+    target = router_target(torch.zeros(2, 1, 16, 16), torch.full((2,), 0.5), prior)
     assert torch.equal(target[0], prior >= 0)
 
 
@@ -84,8 +98,7 @@ def test_every_row_once_an_epoch_and_nothing_depends_on_ranks():
     whole = draw_batch(data, recipe, 3, 0, 1, 1000, 10)
     halves = [draw_batch(data, recipe, 3, rank, 2, 1000, 10) for rank in range(2)]
     for name in ("x0", "noise", "timestep", "label"):
-        mine = torch.stack([getattr(half, name) for half in halves], 1).flatten(0, 1)
-        assert torch.equal(mine, getattr(whole, name))
+        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name))
 
 
 def test_labels_are_dropped_at_the_rate_asked():
@@ -111,6 +124,25 @@ def test_shards_read_like_one_tensor(tmp_path):
     torch.testing.assert_close(x0, z0[[6, 0, 3]], atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("z0", "label", "says"),
+    [
+        (torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long), "at least one sample"),
+        (torch.tensor(0.0), torch.tensor([1]), "z0 of shape []"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([[1], [2]]), "int64 [2, 1]"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor(1), "int64 []"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([0.5, 1]), "float32 [2]"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([True, False]), "bool [2]"),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([1]), "1 labels"),
+    ],
+)
+def test_shards_that_cannot_be_trained_on(tmp_path, z0, label, says):
+    save_file({"z0": z0, "label": label}, tmp_path / "00007.safetensors")
+    with pytest.raises(UpcycleError, match=r"00007\.safetensors") as error:
+        open_data(str(tmp_path))
+    assert says in str(error.value)
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     def write(name, **changes):
@@ -120,6 +152,16 @@ def recipe_file(tmp_path):
         return path
 
     return write
+
+
+def small(out, **changes):
+    """A recipe for runs in this process."""
+    shipped = yaml.safe_load((ROOT / "recipes" / "digits.yaml").read_text())
+    return Recipe(**{**shipped, "out": str(out), **SHORT, **changes})
+
+
+def run_here(recipe, resume=False):
+    return finetune(prepare(recipe, resume=resume), resume=resume)
 
 
 def log_of(folder):
@@ -176,8 +218,8 @@ def test_result_is_an_export_and_keeps_the_last_checkpoints(recipe_file, tmp_pat
     assert "losses.ratio was 0.03 and is 0.5" in changed.stderr
 
 
-def test_frozen_parts_do_not_move_and_the_rest_does(recipe_file, tmp_path):
-    run("finetune", recipe_file("run", freeze=["embedders", "blocks", "head"], ema=0.0))
+def test_frozen_parts_do_not_move_and_the_rest_does(tmp_path):
+    run_here(small(tmp_path / "run", freeze=["embedders", "blocks", "head"], ema=0.0))
     start = load_file(tmp_path / "run" / "start/transformer/diffusion_pytorch_model.safetensors")
     end = load_file(tmp_path / "run" / WEIGHTS)
     moved = {name.split(".")[0] for name in start if not torch.equal(start[name], end[name])}
@@ -185,30 +227,175 @@ def test_frozen_parts_do_not_move_and_the_rest_does(recipe_file, tmp_path):
     assert {"encoder", "decoder", "widen", "routing_module", "conv_out"} <= moved
 
 
-def test_a_student_can_be_given_and_the_published_start_trains(recipe_file, tmp_path):
-    run("convert", TEACHER, "--init", "paper", "--ratio", "4", "-o", tmp_path / "paper", "--no-verify")
-    path = recipe_file("run", student=str(tmp_path / "paper"))
-    content = yaml.safe_load(path.read_text())
-    del content["convert"]
-    path.write_text(yaml.safe_dump(content))
-    run("finetune", path)
+def test_a_student_can_be_given_and_the_published_start_trains(tmp_path):
+    convert(make_plan(open_source(str(TEACHER)), Options(init="paper", ratio=4)), tmp_path / "paper")
+    run_here(small(tmp_path / "run", student=str(tmp_path / "paper"), convert={}))
     assert json.loads((tmp_path / "run/export/transformer/config.json").read_text())["scaffold"] == "paper"
 
 
-def test_launched_by_accelerate_on_two_processes(recipe_file, tmp_path):
-    """The loss of two ranks is that of one with the same global batch."""
-    one, two = recipe_file("one"), recipe_file("two")
-    run("finetune", one)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "upcycle", "finetune", str(two)]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *launch],
-        capture_output=True,
+def two_ranks(path, *arguments):
+    """The real command on two processes, which talk over the CPU."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "upcycle", "finetune"]
+    return subprocess.Popen(
+        [sys.executable, *launch, str(path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_ranks_train_as_one_does(recipe_file, tmp_path):
+    """The loss of two ranks is that of one with the same global batch; one of them writes and prints."""
+    changes = {"losses": {"ratio_group": 4}}
+    run_here(small(tmp_path / "one", **changes))
+    process = two_ranks(recipe_file("two", **changes), "--json")
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr[-3000:]
+    assert json.loads(stdout)["step"] == 6, "one object, from one rank"
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "checkpoints", "export", "log.csv", "recipe.yaml", "start"
+    }  # fmt: skip
+    newest = tmp_path / "two" / "checkpoints" / "step-0000006"
+    assert len(list(newest.glob("random_states_*"))) == 2, "accelerate saves one a rank"
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        assert float(a["diffusion"]) == pytest.approx(float(b["diffusion"]), abs=1e-4)
-        assert float(a["tokens_kept"]) == pytest.approx(float(b["tokens_kept"]), abs=0.6)
+        for name in ("loss", "diffusion", "ratio_loss", "router", "grad_norm"):
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-5, rel=1e-5), name
+
+
+def test_two_ranks_stop_together_and_one_goes_on(recipe_file, tmp_path):
+    """A signal that reaches one rank alone stops both; the checkpoint resumes on another number of ranks."""
+    changes = {"steps": 60, "save_every": 100}
+    process = two_ranks(recipe_file("run", **changes))
+    log = tmp_path / "run" / "log.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 4):
+        time.sleep(0.05)
+    psutil.Process(process.pid).children()[1].send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert stderr.count("go on with: upcycle finetune") <= 1
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert len(list(saved.glob("random_states_*"))) == 2
+    step = int(saved.name.removeprefix("step-"))
+    assert 0 < step < 60
+    run_here(small(tmp_path / "run", **changes), resume=True)
+    assert [int(row["step"]) for row in log_of(tmp_path / "run")] == list(range(1, 61))
+
+
+def test_batches_that_do_not_divide_over_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr("upcycle.training.run.ranks", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(UpcycleError, match="batch_size 8 does not divide by the 3 ranks"):
+        prepare(small(tmp_path / "run"))
+    with pytest.raises(UpcycleError, match="ratio_group 16 does not divide the 20 samples"):
+        prepare(small(tmp_path / "run", batch_size=60))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_left_behind_is_not_reused(tmp_path):
+    """The start is made anew for a new run, and must be there for a continued one."""
+    out = tmp_path / "run"
+    assert prepare(small(out)).student.config.ratio == 4
+    assert prepare(small(out, convert={"ratio": 16})).student.config.ratio == 16
+    recipe = small(out, steps=1)
+    run_here(recipe)
+    shutil.rmtree(out / "start")
+    with pytest.raises(UpcycleError, match="start is no export"):
+        prepare(recipe, resume=True)
+
+
+def test_nan_stops_the_run(tmp_path):
+    """One bad row ends the run at its step; what is saved stays, nothing is exported."""
+    x0, label = load_digits("train")
+    recipe = small(tmp_path / "run", data=str(tmp_path / "data"))
+    x0[batch_rows(len(x0), 8, 3, recipe.seed)[0]] = float("nan")
+    (tmp_path / "data").mkdir()
+    save_file({"z0": x0, "label": label}, tmp_path / "data" / "0.safetensors")
+    with pytest.raises(UpcycleError, match="loss is nan at step 4"):
+        run_here(recipe)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+    assert not (tmp_path / "run" / "export").exists()
+    assert len(log_of(tmp_path / "run")) == 3
+
+
+def test_a_short_run_still_has_a_log(tmp_path):
+    run_here(small(tmp_path / "run", steps=3, log_every=2))
+    rows = log_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["2", "3"]
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    recipe = small(tmp_path / "run", steps=4)
+    run_here(recipe)
+    newest = tmp_path / "run" / "checkpoints" / "step-0000004"
+    for name in ("recipe.json", "model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UpcycleError, match=r"step-0000004 is damaged .* goes on from step-0000002"):
+            run_here(recipe, resume=True)
+        (newest / name).write_bytes(whole)
+    shutil.rmtree(newest.parent / "step-0000002")
+    (newest / "recipe.json").unlink()
+    with pytest.raises(UpcycleError, match="run without --resume"):
+        run_here(recipe, resume=True)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path):
+    """The limit on the size of files makes the optimizer's state fail to be written, as a full disk does."""
+    prepared = prepare(small(tmp_path / "run", save_every=1))
+    weights = prepared.start / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(weights.stat().st_size * 1.2), before[1]))
+    try:
+        with pytest.raises(UpcycleError, match="no space left to write the checkpoint"):
+            finetune(prepared)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_what_cannot_work_is_refused_before_training(tmp_path):
+    out = tmp_path / "run"
+    out.write_text("")
+    with pytest.raises(UpcycleError, match="is a file"):
+        prepare(small(out))
+    out.unlink()
+    (out / "export").mkdir(parents=True)
+    (out / "export" / "thesis.tex").write_text("")
+    with pytest.raises(UpcycleError, match="export does not look like an output"):
+        prepare(small(out))
+    shutil.rmtree(out)
+    with pytest.raises(UpcycleError, match="distill is 0"):
+        prepare(small(out, losses={"distill": 0}))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("changes", [{"num_classes": 7}, {"out_channels": 1}])
+def test_a_student_of_another_teacher_is_refused(tmp_path, changes):
+    convert(make_plan(open_source(str(TEACHER)), Options()), tmp_path / "other")
+    path = tmp_path / "other" / "transformer"
+    student = ChunkedDiT.from_pretrained(path)
+    ChunkedDiT(**{**{k: v for k, v in student.config.items() if k[0] != "_"}, **changes}).save_pretrained(path)
+    name, value = next(iter(changes.items()))
+    with pytest.raises(UpcycleError, match=f"has {name} {value} where the teacher has"):
+        prepare(small(tmp_path / "run", student=str(tmp_path / "other"), convert={}))
+
+
+def test_a_bare_checkpoint_can_be_the_teacher(tmp_path, monkeypatch):
+    """`weights`, `heads` and `vae` reach the source, and the start can then be sampled."""
+    seen = {}
+
+    def opened(spec, **options):
+        seen.update(options)
+        return dataclasses.replace(open_source(str(TEACHER)), components={})
+
+    vae = tmp_path / "vae"
+    shutil.copytree(TEACHER / "vae", vae)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKL", "latent_channels": 1}))
+    monkeypatch.setattr("upcycle.training.run.open_source", opened)
+    options = {"weights": "model", "heads": 2}
+    start = prepare(small(tmp_path / "run", teacher="x.pt", vae=str(vae), **options)).start
+    assert {key: seen[key] for key in options} == options
+    assert (start / "model_index.json").is_file()

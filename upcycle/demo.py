@@ -21,7 +21,7 @@ from upcycle.evaluation.validation import validation_loss
 from upcycle.graft.export import export_student
 from upcycle.graft.verify import MEASURE_STEPS, load_student, measure_difference
 from upcycle.models.chunked_dit import ChunkedDiT
-from upcycle.output import new_folder
+from upcycle.output import new_folder, to_json
 from upcycle.recipe import parse_recipe
 from upcycle.sampling import draw
 from upcycle.training.digits import TEACHER, load_digits
@@ -117,7 +117,7 @@ def run_demo(
             "seconds": seconds,
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "report.json").write_text(to_json(report) + "\n")
     return report
 
 

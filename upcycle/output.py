@@ -2,15 +2,24 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from upcycle.errors import UpcycleError
 
-# What an output of ours holds; --force deletes nothing that does not look like one.
-MARKS = ("model_index.json", "transformer", "report.json", "samples.png", "config.json", "run.json")
+# What folders of ours hold at their top; --force deletes nothing else.
+EXPORT = r"model_index\.json|transformer|vae|scheduler"
+DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
+SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png"
+
+# How libraries say it that hide the error number; the last two are torch.save's.
+DISK_FULL = ("No space left", "File too large", "Disk quota exceeded", "unexpected pos", "iostream error")
 
 
 def check_output(out: Path, force: bool, keep: tuple[Path, ...] = ()) -> None:
@@ -18,71 +27,137 @@ def check_output(out: Path, force: bool, keep: tuple[Path, ...] = ()) -> None:
 
     ``keep``: paths that must survive, such as the source of a conversion.
     """
-    if out.exists() or out.is_symlink():
-        if not out.is_dir():
-            raise UpcycleError(f"{out} is a file; choose another output folder with -o")
-        if any(out.iterdir()):
-            if not force:
-                raise UpcycleError(f"{out} exists already; choose another folder with -o, or replace it with --force")
-            if not any((out / mark).exists() for mark in MARKS):
-                raise UpcycleError(f"{out} does not look like an output of upcycle, so --force will not replace it")
-        resolved = out.resolve()
-        for path in (*keep, Path.cwd()):
-            if path.resolve() == resolved or resolved in path.resolve().parents:
-                raise UpcycleError(
-                    f"{out} holds {path}, which replacing it would delete; choose another folder with -o"
-                )
-    parent = out.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    with _explained(out):
+        target = out.resolve()
+        if _exists(target):
+            _check_replaceable(out, target, force, keep)
+        parent = target.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UpcycleError(
+                f"{out} cannot be made: {parent} is not a folder that can be written; choose another with -o"
+            )
+
+
+def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, ...]) -> None:
+    if not target.is_dir():
+        raise UpcycleError(f"{out} is a file; choose another output folder with -o")
+    names = sorted(path.name for path in target.iterdir())
+    if names and not force:
+        raise UpcycleError(f"{out} exists already; choose another folder with -o, or replace it with --force")
+    for path in (*keep, Path.cwd()):
+        if target in (path.resolve(), *path.resolve().parents):
+            raise UpcycleError(f"{out} holds {path}, which replacing it would delete; choose another folder with -o")
+    if not names:
+        return
+    if _is_student(target / "transformer"):
+        ours = EXPORT
+    elif "report.json" in names and _is_student(target / "pipeline" / "transformer"):
+        ours = DEMO
+    elif "samples.png" in names:
+        ours = SAMPLES
+    else:
         raise UpcycleError(
-            f"{out} cannot be made: {parent} is not a folder that can be written; choose another with -o"
+            f"{out} does not look like an output of upcycle, so --force will not replace it; choose another with -o"
         )
+    if foreign := [name for name in names if not re.fullmatch(ours, name)]:
+        raise UpcycleError(
+            f"{out} holds {foreign[0]}, which no output of upcycle has, so --force will not replace it; "
+            "move that away, or choose another folder with -o"
+        )
+
+
+def _is_student(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") == "ChunkedDiT"
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield a hidden folder beside ``out`` that becomes ``out`` on success and is removed on failure.
 
-    An existing ``out`` is replaced only with ``force``, and only once the new one is complete.
+    An existing ``out`` is replaced only with ``force``, and only once the new one is complete. Where ``out`` is a
+    link, what it points to is replaced.
     """
     check_output(out, force, keep)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if bytes_needed > free:
-        raise UpcycleError(
-            f"{out} needs {bytes_needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
-            "make room or choose another folder with -o"
-        )
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    target = out.resolve()
+    hidden = f".{target.name[:40]}"  # short, because a name may be as long as the file system allows
+    partial = target.with_name(f"{hidden}.partial-{os.getpid()}")
+    old = target.with_name(f"{hidden}.replaced-{os.getpid()}")
     try:
-        partial.mkdir()
-        yield partial
-        _replace(partial, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with _explained(out):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(target.parent).free
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        if bytes_needed > free:
             raise UpcycleError(
-                f"{out}: no space left to write it; make room or choose another folder with -o"
-            ) from error
+                f"{out} needs {bytes_needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+                "make room or choose another folder with -o"
+            )
+        yield partial
+        with _explained(out):
+            _replace(partial, target, old)
+    except UpcycleError:
+        raise
+    except Exception as error:
+        if disk_full(error):
+            raise _no_space(out) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _replace(new: Path, out: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        return
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    out.rename(old)
+def _replace(new: Path, target: Path, old: Path) -> None:
     try:
-        new.rename(out)
-    except OSError:
-        old.rename(out)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old)
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether the disk ran full: libraries hide the error number in causes, in arguments or in the text."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return any(words in text for words in DISK_FULL) or disk_full(error.__cause__ or error.__context__)
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Errors of the operating system about ``out`` itself, such as a name that is too long."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # pathlib reports a loop of links as a RuntimeError
+        if disk_full(error):
+            raise _no_space(out) from error
+        what = getattr(error, "strerror", None) or error
+        raise UpcycleError(f"{out} cannot be used: {what}; choose another output folder with -o") from error
+
+
+def _no_space(out: Path) -> UpcycleError:
+    return UpcycleError(f"{out}: no space left to write it; make room or choose another folder with -o")
+
+
+def _exists(path: Path) -> bool:
+    """Unlike ``path.exists()``, raises for what cannot be looked at."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,3 +168,18 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON: numbers that are not finite, which JSON does not know, become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,22 +1,34 @@
 """A training recipe: every option of `upcycle finetune`, strict. The YAML is this."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from upcycle.errors import UpcycleError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for the number 1."""
+        items = value if isinstance(value, list) else [value]
+        boolean = info.field_name is not None and cls.model_fields[info.field_name].annotation is bool
+        if not boolean and any(isinstance(item, bool) for item in items):
+            raise ValueError("true and false (also yes, no, on, off without quotes) do not fit here")
+        return value
 
 
 class Convert(_Strict):
@@ -27,15 +39,15 @@ class Convert(_Strict):
     scaffold: Literal["lean", "paper"] | None = None
     router: Literal["predictability", "cosine", "random", "grid"] = "predictability"
     time_embedding: Literal["diffusers", "meta"] | None = None
-    revision: str | None = None
 
 
 class Losses(_Strict):
     """Weights of the losses; 0 leaves one out.
 
     ``diffusion``: MSE to the noise. ``distill``: MSE to the teacher's output, learned sigma included. ``ratio``: the
-    published ratio loss, averaged over ``ratio_group`` samples. ``router``: BCE of the boundary score against the
-    teacher's local detail; decays linearly to a third of its weight over the run.
+    published ratio loss over groups of ``ratio_group`` samples of one rank, whose share of the batch the groups must
+    divide (a smaller share is one group). ``router``: BCE of the boundary score against the teacher's local detail;
+    decays linearly to a third of its weight over the run.
     """
 
     diffusion: NonNegative = 1.0
@@ -55,7 +67,7 @@ class Anneal(_Strict):
 class TailDrop(_Strict):
     """Multi-budget training: from ``start`` (a share of the steps) on, each step draws one fraction for the batch."""
 
-    values: list[Annotated[float, Field(ge=0, lt=1)]] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    values: list[BelowOne] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     start: Fraction = 0.4
 
 
@@ -66,7 +78,7 @@ class Optimizer(_Strict):
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: NonNegative = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip: Positive = 1.0
     router_lr_scale: Positive = 10.0
 
@@ -74,37 +86,74 @@ class Optimizer(_Strict):
 class Recipe(_Strict):
     """One training run. Paths are relative to where the command runs.
 
-    ``teacher``: any source that `upcycle convert` takes, or ``digits`` for the shipped one. ``student``: an export to
-    start from; without it the teacher is converted first, with ``convert``. ``data``: ``digits``, or a folder of
+    ``teacher``: any source that `upcycle convert` takes, or ``digits`` for the shipped one; ``revision``, ``weights``
+    and ``heads`` say how to open it, and ``vae`` adds one to a bare checkpoint. ``student``: an export to start from;
+    without it the teacher is converted first, with ``convert``. ``data``: ``digits``, or a folder of
     ``*.safetensors`` shards with ``z0`` [N, C, H, W] and ``label`` [N].
     """
 
-    teacher: str
-    student: str | None = None
+    teacher: Text
+    revision: Text | None = None
+    weights: Literal["ema", "model"] = "ema"
+    heads: Annotated[int, Field(ge=1)] | None = None
+    vae: Text | None = None
+    student: Text | None = None
     convert: Convert = Convert()
-    data: str
-    out: str
+    data: Text
+    out: Text
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)] = 256
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     label_dropout: Fraction = 0.1
     freeze: list[Literal["embedders", "blocks", "head"]] = ["embedders"]
     losses: Losses = Losses()
     anneal: Anneal = Anneal()
     tail_drop: TailDrop = TailDrop()
     optimizer: Optimizer = Optimizer()
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema: BelowOne = 0.9999
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 1000
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_no(cls, content: Any) -> Any:
+        """YAML reads a bare no as false."""
+        if isinstance(content, dict) and content.get("mixed_precision") is False:
+            return {**content, "mixed_precision": "no"}
+        return content
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if self.student is not None and self.convert != Convert():
             raise ValueError("student: start from an export, or convert the teacher, not both; leave out one of them")
+        if self.student is not None and self.vae is not None:
+            raise ValueError("vae: the student keeps its own; leave out 'vae' or 'student'")
         return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice; PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"the key '{key.value}' is given twice")
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UpcycleError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise UpcycleError(f"{name} is not YAML of a recipe: it is nested too deeply") from None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -114,13 +163,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UpcycleError: one line with every mistake in it; unknown keys come with the nearest right name.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         raise UpcycleError(f"recipe {path} does not exist; recipes/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UpcycleError(f"recipe {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UpcycleError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    content = _parse_yaml(text, f"recipe {path}")
     if not isinstance(content, dict):
         raise UpcycleError(f"recipe {path} must be a mapping of options such as 'steps: 1000'")
     for override in overrides:
@@ -133,7 +181,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise UpcycleError(f"--set {override}: {parent} is not a group of options")
-        target[leaf] = yaml.safe_load(value)
+        target[leaf] = _parse_yaml(value, f"--set {override}")
     return parse_recipe(content, str(path))
 
 

@@ -1,6 +1,7 @@
 """The command line: one thin file a command, which parses, calls and prints. Heavy imports happen inside commands."""
 
 import os
+import signal
 import sys
 import traceback
 
@@ -36,9 +37,12 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 the user can mend it, 1 ours, 130 interrupted."""
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that what is half-written is removed
     try:
         code = app(args=arguments, standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # how typer reports a KeyboardInterrupt
+            _fail("interrupted", 130, False)
     except UpcycleError as error:
         code = _fail(str(error), 2, debug)
     except (KeyboardInterrupt, typer.Abort):
@@ -48,7 +52,8 @@ def main() -> None:
         code = 0
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command-line parser
-            code = _fail(error.format_message() + "; see --help", 2, debug)
+            message = error.format_message()  # none for `upcycle` alone, which has printed the help
+            code = _fail(f"{message}; see --help", 2, debug) if message else 2
         else:
             what = f"{type(error).__name__}: {error}"
             code = _fail(f"this is a fault of upcycle, not yours ({what}); run again with --debug", 1, debug)

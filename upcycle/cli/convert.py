@@ -1,5 +1,6 @@
 """`upcycle convert`: graft encoder, router and decoder around pretrained blocks."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,14 +40,12 @@ def convert(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16.")] = None,
-    weights: Annotated[
-        Literal["ema", "model"], typer.Option(help="Which weights of a training checkpoint.")
-    ] = "ema",
+    weights: Annotated[Literal["ema", "model"], typer.Option(help="Which weights of a training checkpoint.")] = "ema",
     heads: Annotated[int | None, typer.Option(help="Attention heads, where a .pt does not tell.")] = None,
     vae: Annotated[
         str | None, typer.Option(metavar="ID|DIR", help="VAE to add, for a source that has none (a .pt).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the fresh parameters.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the fresh parameters.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "10GB",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not measure the distance to the teacher.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
@@ -57,10 +56,10 @@ def convert(
     shard_bytes = _parse_size(max_shard_size)
     number = _parse_ratio(ratio)
 
-    from upcycle.cli.show import progress, quiet_libraries, stderr
+    from upcycle.cli.show import progress, quiet_libraries, stderr, working
 
     quiet_libraries()
-    with stderr.status(f"reading {source}"):
+    with working(f"reading {source}"):
         from upcycle.graft import convert as surgery
         from upcycle.graft import plan
         from upcycle.output import check_output
@@ -77,7 +76,8 @@ def convert(
     if dry_run:
         _show_plan(made, out, as_json)
         return
-    check_output(out, force)
+    local = (Path(source),) if os.path.exists(source) else ()
+    check_output(out, force, keep=(*local, *opened.components.values()))
     with progress() as bar:
         task = bar.add_task("converting", total=len(made.pieces))
         surgery.convert(made, out, force=force, max_shard_bytes=shard_bytes, written=lambda n: bar.advance(task))
@@ -90,6 +90,12 @@ def convert(
             teacher, student = verify.load_teacher(opened), verify.load_student(out)
             difference = verify.measure_difference(teacher, student, step=lambda: bar.advance(task))
     _show_result(made, out, difference, as_json)
+    if difference and made.exact and not difference.max_abs <= verify.EXACT_TOLERANCE:  # also where it is NaN
+        stderr.print(
+            f"error: {out} is written, but it differs from its teacher by {difference.max_abs:.1e}, where at most "
+            f"{verify.EXACT_TOLERANCE:.0e} is right; this is a fault of upcycle, not yours"
+        )
+        raise typer.Exit(1)
 
 
 def default_name(name: str, ratio: float, grafted: bool) -> str:
@@ -108,9 +114,12 @@ def _parse_size(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.upper().rstrip("KMGIB ")
     try:
-        return int(float(number) * units[text.upper()[len(number) :].strip()])
-    except (KeyError, ValueError):
-        raise UpcycleError(f"--max-shard-size {text} is not a size; write it as 500MB or 5GB") from None
+        size = int(float(number) * units[text.upper()[len(number) :].strip()])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UpcycleError(f"--max-shard-size {text} is not a size; write it as 500MB or 5GB")
+    return size
 
 
 def _show_plan(made: Any, out: Path, as_json: bool) -> None:
@@ -136,7 +145,8 @@ def _show_plan(made: Any, out: Path, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table(title=f"{made.source.spec} -> {out}", show_header=False, title_justify="left")
+    stdout.print(f"{made.source.spec} -> {out}")
+    table = Table(show_header=False)
     grid, ratio = made.config["sample_size"], made.config["ratio"]
     table.add_row("student", f"{made.config['scaffold']} scaffold, {made.config['router']} router")
     table.add_row("grid", f"{grid}x{grid} positions, ratio {ratio:g}: about {grid**2 / ratio:.0f} tokens")
@@ -150,7 +160,7 @@ def _show_plan(made: Any, out: Path, as_json: bool) -> None:
         share = f" ({value / flops['teacher']:.0%})" if flops["teacher"] else ""
         table.add_row(f"FLOPs per image, ρ={rho}", count(value) + share)
     table.add_row("equals the teacher", "yes, at step 0" if made.exact else "no; convert measures how near it is")
-    stdout.print(table)
+    stdout.print(table, soft_wrap=False)
     for note in made.notes:
         stdout.print(f"note: {note}")
     stdout.print("FLOPs: the papers' counting, 250 steps, unguided")
@@ -192,4 +202,4 @@ def _show_result(made: Any, out: Path, difference: Any, as_json: bool) -> None:
         stdout.print("note: the transformer alone was exported; --vae ID|DIR adds a VAE, so that it can be sampled")
     if made.source.licence:
         stdout.print(f"licence, inherited from the base: {made.source.licence}")
-    stdout.print(f"[bold]{out}[/bold]")
+    stdout.print(str(out), style="bold")

@@ -1,5 +1,6 @@
 """`upcycle finetune`: post-train a converted model from a recipe."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,13 +28,15 @@ def finetune(
 
     checked = load_recipe(recipe, set_ or [])
 
-    from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout
+    from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout, working
 
     quiet_libraries()
-    with stderr.status(f"preparing {checked.out}"):
+    with working(f"preparing {checked.out}"):
         from upcycle.training import loop, run
 
         prepared = run.prepare(checked, resume=resume)
+    main = run.ranks().is_main_process
+    stderr.quiet = stdout.quiet = not main
     last: dict[str, float] = {}
     with progress() as bar:
         task = bar.add_task("finetune", total=checked.steps)
@@ -47,11 +50,12 @@ def finetune(
             export = run.finetune(prepared, resume=resume, on_step=on_step)
         except loop.Interrupted as interrupted:
             bar.stop()
-            command = " ".join(["upcycle finetune", str(recipe), *(f"--set {item}" for item in set_ or []), "--resume"])
-            stderr.print(f"saved at step {interrupted}; go on with: {command}", soft_wrap=True)
-            raise typer.Exit(130) from None
-    if as_json:
+            options = [word for item in set_ or [] for word in ("--set", item)]
+            command = shlex.join(["upcycle", "finetune", str(recipe), *options, "--resume"])
+            stderr.print(f"saved at step {interrupted}; go on with: {command}")
+            raise SystemExit(130) from None
+    if as_json and main:
         print_json({"out": str(export), "log": str(prepared.out / "log.csv"), **last})
         return
     stdout.print(f"log: {prepared.out / 'log.csv'}")
-    stdout.print(f"[bold]{export}[/bold]")
+    stdout.print(str(export), style="bold")

@@ -1,5 +1,7 @@
 """`upcycle sample`: draw a grid from a teacher or a student."""
 
+import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +24,7 @@ def sample(
         typer.Option(help="Class ids or names, separated by commas; names may hold no comma. Default: the first ten."),
     ] = None,
     num: Annotated[int, typer.Option(help="Images per class.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next count up.")] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 4.0,
     tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Share of the kept tokens to drop, 0 to 1.")] = 0.0,
@@ -43,11 +45,17 @@ def sample(
             raise UpcycleError(f"{name} {value} must be at least 1")
     if steps > 1000:
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
+    if not math.isfinite(guidance_scale):
+        raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
+    local = os.path.exists(model)
+    if local and revision is not None:
+        raise UpcycleError(f"{model}: a local path has no revisions; leave --revision out")
+    keep = (Path(model),) if local else ()
 
-    from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout
+    from upcycle.cli.show import print_json, progress, quiet_libraries, stdout, working
 
     quiet_libraries()
-    with stderr.status(f"loading {model}"):
+    with working(f"loading {model}"):
         import torch
 
         from upcycle.models.chunked_dit import ChunkedDiT
@@ -56,7 +64,7 @@ def sample(
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
 
-        check_output(out, force)
+        check_output(out, force, keep)
         pipe = load_pipeline(model, revision)
         labels = _parse_classes(classes, pipe.labels, class_count(pipe))
         student = isinstance(pipe.transformer, ChunkedDiT)
@@ -66,8 +74,9 @@ def sample(
             pipe.transformer.set_tail_drop(tail_drop)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
+            torch.zeros(1, device=device).item()  # fails on a device that holds no data, such as meta
             pipe.to(device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise UpcycleError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     pipe.set_progress_bar_config(disable=True)
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
@@ -85,7 +94,7 @@ def sample(
                 kept += [n for step in counter.kept for n in step]
         hook.remove()
     grid = torch.cat(images)
-    with new_folder(out, force) as folder:
+    with new_folder(out, force, keep=keep) as folder:
         save_grid(grid, folder / "samples.png", columns=num if num > 1 else min(len(jobs), 10))
         for image, (label, image_seed) in zip(grid, jobs, strict=True):
             save_grid(image[None], folder / f"class{label:04d}-seed{image_seed}.png", columns=1)
@@ -96,7 +105,8 @@ def sample(
         return
     if mean_kept is not None:
         stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
-    stdout.print(f"[bold]{out / 'samples.png'}[/bold]  {len(jobs)} images")
+    stdout.print(f"{len(jobs)} images")
+    stdout.print(str(out / "samples.png"), style="bold")
 
 
 def _parse_classes(text: str | None, names: dict[str, int], count: int) -> list[int]:

@@ -1,6 +1,5 @@
 """What commands print: progress and messages on stderr, so that stdout holds results only."""
 
-import json
 import logging
 import os
 import sys
@@ -17,16 +16,27 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
+from rich.text import Text
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+from upcycle.output import to_json
+
+# Literal text on lines of any length: what users name may hold [brackets] and :colons:, and is to be copied whole.
+# Tables are printed with soft_wrap=False.
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+stdout = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def working(text: str) -> Status:
+    """A spinner on stderr while something is being done."""
+    return stderr.status(Text(text))
 
 
 def progress() -> Progress:
     """A progress display with elapsed and remaining time."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -37,7 +47,7 @@ def progress() -> Progress:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(value, indent=2))
+    print(to_json(value))
 
 
 def quiet_libraries() -> None:

@@ -43,11 +43,11 @@ class ShardedData:
                 if missing:
                     raise UpcycleError(f"data {path} lacks the tensor {' and '.join(sorted(missing))}")
                 shape = file.get_slice("z0").get_shape()
-                labels.append(file.get_tensor("label").long())
-            except SafetensorError as error:
+                label = file.get_tensor("label")
+            except (SafetensorError, OSError) as error:
                 raise UpcycleError(f"data {path} is not a readable safetensors file: {error}") from error
-            if len(labels[-1]) != shape[0]:
-                raise UpcycleError(f"data {path} has {shape[0]} samples and {len(labels[-1])} labels")
+            _check_shard(path, shape, label)
+            labels.append(label.long())
             self._files.append(file)
             lengths.append(shape[0])
             shapes.add(tuple(shape[1:]))
@@ -68,6 +68,18 @@ class ShardedData:
             start = self._ends[shard - 1] if shard else 0
             out.append(self._files[shard].get_slice("z0")[index - start].float())
         return torch.stack(out), self.labels[indices]
+
+
+def _check_shard(path: Path, shape: list[int], label: torch.Tensor) -> None:
+    if len(shape) != 4 or 0 in shape:
+        raise UpcycleError(
+            f"data {path} has z0 of shape {list(shape)}; it must be [N, C, H, W] with at least one sample"
+        )
+    if label.dim() != 1 or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+        kind = str(label.dtype).removeprefix("torch.")
+        raise UpcycleError(f"data {path} has label of {kind} {list(label.shape)}; it must be whole numbers, [N]")
+    if len(label) != shape[0]:
+        raise UpcycleError(f"data {path} has {shape[0]} samples and {len(label)} labels; write one label a sample")
 
 
 def open_data(spec: str) -> TensorData | ShardedData:

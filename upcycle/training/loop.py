@@ -6,6 +6,7 @@ had never stopped, on any number of ranks.
 """
 
 import csv
+import math
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel
 
+from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT, lattice_prior
 from upcycle.recipe import Recipe
 from upcycle.training import losses, schedule, state
@@ -47,7 +49,7 @@ class Interrupted(Exception):
 def draw_batch(
     data: TensorData | ShardedData, recipe: Recipe, step: int, rank: int, ranks: int, timesteps: int, null_class: int
 ) -> Batch:
-    """The global batch of ``step``, drawn alike on every rank; this rank's share is every ``ranks``-th row.
+    """The global batch of ``step``, drawn alike on every rank; this rank's share is consecutive rows.
 
     Labels are dropped here and not in the model: diffusers would draw anew in every block.
     """
@@ -56,7 +58,8 @@ def draw_batch(
     timestep = torch.randint(0, timesteps, (len(rows),), generator=generator)
     dropped = torch.rand(len(rows), generator=generator) < recipe.label_dropout
     noise = torch.randn(len(rows), *data.sample_shape, generator=generator)
-    mine = slice(rank, None, ranks)
+    share = len(rows) // ranks
+    mine = slice(rank * share, (rank + 1) * share)
     x0, label = data.rows(rows[mine])
     return Batch(x0, noise[mine], timestep[mine], torch.where(dropped[mine], null_class, label))
 
@@ -102,7 +105,8 @@ def train(
     Writes ``out/log.csv`` and ``out/checkpoints``. ``on_step`` gets the row of every step.
 
     Raises:
-        UpcycleError: nothing to resume from, or a checkpoint of another recipe.
+        UpcycleError: nothing to resume from, a checkpoint that is damaged or of another recipe, a loss or gradient that
+            is not finite, or no space for a checkpoint.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
@@ -117,19 +121,22 @@ def train(
     teacher = teacher.to(accelerator.device)
     model, optimizer = accelerator.prepare(student, optimizer)
     run = state.RunState(student, recipe.ema)
-    accelerator.register_for_checkpointing(run)
+    state.register(accelerator, run)
     if resume:
-        accelerator.load_state(str(state.newest(out / "checkpoints", recipe)))
+        state.load(accelerator, out / "checkpoints", recipe)
 
-    with _Log(out / "log.csv", run.step, accelerator.is_main_process) as log, _StopSignal() as stop:
+    with _Log(out / "log.csv", run.step, recipe.log_every, accelerator.is_main_process) as log, _StopSignal() as stop:
         while run.step < recipe.steps:
-            row = _step(recipe, accelerator, model, student, teacher, optimizer, data, run, start_guide)
-            log.write(row, recipe.log_every)
+            row, stopped = _step(
+                recipe, accelerator, model, student, teacher, optimizer, data, run, start_guide, stop.caught
+            )
+            _check_finite(row, out)
+            log.write(row)
             on_step(row)
             last = run.step == recipe.steps
-            if stop.caught or last or run.step % recipe.save_every == 0:
+            if stopped or last or run.step % recipe.save_every == 0:
                 state.save(accelerator, out / "checkpoints", recipe, run.step)
-            if stop.caught and not last:
+            if stopped and not last:
                 raise Interrupted(run.step)
 
     student = accelerator.unwrap_model(model).cpu().float()
@@ -141,7 +148,19 @@ def train(
     return student.eval().requires_grad_(False)
 
 
-def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, start_guide) -> dict[str, float]:
+def _check_finite(row: dict[str, float], out: Path) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(row[name]):
+            raise UpcycleError(
+                f"{out}: {name} is {row[name]} at step {row['step']}, so the run stopped; look for NaN in the data, or "
+                "lower optimizer.lr and start anew (checkpoints up to here are kept)"
+            )
+
+
+def _step(
+    recipe, accelerator, model, student, teacher, optimizer, data, run, start_guide, stop
+) -> tuple[dict[str, float], bool]:
+    """One update; returns its row of the log, over all ranks, and whether any rank was told to ``stop``."""
     c, step, weight = student.config, run.step, recipe.losses
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     batch = draw_batch(data, recipe, step, rank, ranks, c.num_train_timesteps, c.num_classes)
@@ -175,7 +194,9 @@ def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, st
     if supervised:
         estimate = losses.predicted_x0(x_t, wanted[:, :channels], alpha_bar, c.sample_range)
         prior = lattice_prior(x_t.shape[-2], x_t.shape[-1], c.patch_size, device)
-        terms["router"] = losses.router_loss(routing, losses.router_target(estimate, alpha_bar, prior, c.ratio))
+        detail = accelerator.gather(losses.visible_detail(estimate, alpha_bar, prior))
+        mine = slice(rank * len(x0), (rank + 1) * len(x0))
+        terms["router"] = losses.router_loss(routing, losses.router_target(detail, c.ratio)[mine])
     loss = (
         weight.diffusion * terms["diffusion"]
         + weight.distill * terms["distill"]
@@ -195,27 +216,33 @@ def _step(recipe, accelerator, model, student, teacher, optimizer, data, run, st
     run.step += 1
 
     size = routing.mask.shape[1]
-    values = torch.stack([loss.detach(), *(term.detach() for term in terms.values())])
-    kept = torch.stack([routing.mask_natural.float().mean(), routing.mask.float().mean()])
-    values, kept = (accelerator.reduce(v, reduction="mean").tolist() for v in (values, kept))
-    return {
+    natural, kept = routing.mask_natural.float().mean(), routing.mask.float().mean()
+    shown = zero if bias is None else bias
+    values = [loss, *terms.values(), natural, kept, shown, norm, zero + stop]
+    values = torch.stack([value.detach().float().reshape(()) for value in values])
+    *values, natural, kept, shown, norm, stop = accelerator.reduce(values, reduction="mean").tolist()
+    row = {
         "step": run.step,
         **dict(zip(COLUMNS[1:6], values, strict=True)),
-        "ratio": 1 / kept[0],
-        "tokens_kept": size * kept[1],
+        "ratio": 1 / natural,
+        "tokens_kept": size * kept,
         "tail_drop": rho,
         "guide": guide,
-        "bias": 0.0 if bias is None else bias.item(),
+        "bias": shown,
         "lr": lr,
-        "grad_norm": float(norm),
+        "grad_norm": norm,
     }
+    return row, stop > 0
 
 
 class _Log:
-    """log.csv: a row every ``log_every`` steps, averaged over them; on resume, rows past the checkpoint are cut off."""
+    """log.csv: a row every ``every`` steps, averaged over them, and one of the rest at the end of the run.
 
-    def __init__(self, path: Path, step: int, active: bool):
-        self._active = active
+    On resume, rows past the checkpoint are cut off.
+    """
+
+    def __init__(self, path: Path, step: int, every: int, active: bool):
+        self._active, self._every = active, every
         self._pending: list[dict[str, float]] = []
         if not active:
             return
@@ -233,16 +260,24 @@ class _Log:
 
     def __exit__(self, *_) -> None:
         if self._active:
+            self._flush()
             self._file.close()
 
-    def write(self, row: dict[str, float], every: int) -> None:
-        self._pending.append(row)
-        if not self._active or row["step"] % every:
+    def write(self, row: dict[str, float]) -> None:
+        if not self._active:
             return
-        mean = {key: sum(r[key] for r in self._pending) / len(self._pending) for key in row}
-        self._writer.writerow({key: f"{value:.6g}" for key, value in mean.items()} | {"step": row["step"]})
-        self._file.flush()
+        self._pending.append(row)
+        if row["step"] % self._every == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        mean = {key: sum(row[key] for row in self._pending) / len(self._pending) for key in COLUMNS}
+        mean["step"] = self._pending[-1]["step"]
         self._pending = []
+        self._writer.writerow({key: value if key == "step" else f"{value:.6g}" for key, value in mean.items()})
+        self._file.flush()
 
 
 class _StopSignal:

@@ -27,17 +27,24 @@ def local_deviation(x0: torch.Tensor) -> torch.Tensor:
     return variance.clamp(min=0).sqrt().flatten(1)
 
 
-def router_target(x0: torch.Tensor, alpha_bar: torch.Tensor, prior: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Where tokens should go: the top 1/N **of the whole batch** in visible detail; bool [B, L].
+def visible_detail(x0: torch.Tensor, alpha_bar: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """log(sqrt(alpha_bar) * local deviation of the teacher's x0 estimate + .03) / .8 plus the lattice prior, [B, L].
 
-    Detail is log(sqrt(alpha_bar) * local deviation of the teacher's x0 estimate + .03) / .8 plus the lattice prior [L].
-    Without sqrt(alpha_bar) tokens pile up at high noise. Every sample gets at least two thirds of its even share.
+    Without sqrt(alpha_bar) tokens pile up at high noise.
 
     Args:
         x0: the teacher's estimate, [B, C, H, W].
         alpha_bar: [B].
+        prior: [L].
     """
-    detail = torch.log(alpha_bar.sqrt()[:, None] * local_deviation(x0) + DETAIL_FLOOR) / DETAIL_SCALE + prior
+    return torch.log(alpha_bar.sqrt()[:, None] * local_deviation(x0) + DETAIL_FLOOR) / DETAIL_SCALE + prior
+
+
+def router_target(detail: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Where tokens should go: the top 1/N **of the whole batch** in `visible_detail` [B, L]; bool [B, L].
+
+    Every sample gets at least two thirds of its even share.
+    """
     size = detail.shape[1]
     # An exact count: a threshold would take every one of the many equal, flat positions.
     top = detail.flatten().topk(round(detail.numel() / ratio)).indices

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 
 from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.output import disk_full
 from upcycle.recipe import Recipe
 
 # These may change between a run and its continuation.
@@ -56,20 +58,57 @@ def router_bias(student: ChunkedDiT) -> torch.Tensor | None:
     return getattr(student.routing_module, "bias", None) if student.routing_module is not None else None
 
 
+def register(accelerator: Accelerator, run: RunState) -> None:
+    """Save and load ``run`` too, and the model under the same names on one rank and on many."""
+
+    def strip(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
+        weights[:] = [{name.removeprefix("module."): value for name, value in w.items()} for w in weights]
+
+    def unwrap(models: list[Any], folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_for_checkpointing(run)
+    accelerator.register_save_state_pre_hook(strip)
+    accelerator.register_load_state_pre_hook(unwrap)
+
+
 def save(accelerator: Accelerator, folder: Path, recipe: Recipe, step: int) -> None:
-    """Write ``folder/step-NNNNNNN`` and drop the oldest beyond ``keep_checkpoints``. Call on every rank."""
+    """Write ``folder/step-NNNNNNN`` and drop the oldest beyond ``keep_checkpoints``. Call on every rank.
+
+    Raises `UpcycleError` where space runs out; nothing is left half-written.
+    """
     partial, final = folder / f".partial-{step:07d}", folder / f"step-{step:07d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in checkpoints(folder)[: -recipe.keep_checkpoints]:
-            shutil.rmtree(old)
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()  # every rank writes its random state
+        if accelerator.is_main_process:
+            (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in checkpoints(folder)[: -recipe.keep_checkpoints]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if disk_full(error):
+            raise UpcycleError(
+                f"{final}: no space left to write the checkpoint; make room, then go on with --resume"
+            ) from error
+        raise
     accelerator.wait_for_everyone()
+
+
+def load(accelerator: Accelerator, folder: Path, recipe: Recipe) -> None:
+    """Load the newest checkpoint of ``folder``; raises `UpcycleError` as `newest` does, and if it is damaged."""
+    path = newest(folder, recipe)
+    try:
+        accelerator.load_state(str(path))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # accelerate, torch, pickle and safetensors each have their own
+        raise _damaged(path, error) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -78,11 +117,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path, recipe: Recipe) -> Path:
-    """The newest checkpoint; raises `UpcycleError` where there is none or it belongs to another recipe."""
+    """The newest checkpoint; raises `UpcycleError` where there is none, it is damaged or another recipe's."""
     found = checkpoints(folder)
     if not found:
         raise UpcycleError(f"{folder} holds no checkpoint to resume from; run without --resume")
-    theirs = _flat(json.loads((found[-1] / "recipe.json").read_text()))
+    try:
+        theirs = _flat(json.loads((found[-1] / "recipe.json").read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(found[-1], error) from error
     ours = _flat(json.loads(recipe.model_dump_json()))
     changed = [
         f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
@@ -92,6 +134,15 @@ def newest(folder: Path, recipe: Recipe) -> Path:
     if changed:
         raise UpcycleError(f"{found[-1]} belongs to another recipe: {'; '.join(changed)}")
     return found[-1]
+
+
+def _damaged(path: Path, error: Exception) -> UpcycleError:
+    earlier = [other.name for other in checkpoints(path.parent) if other < path]
+    remedy = (
+        f"--resume again goes on from {earlier[-1]}" if earlier else "run without --resume, there is no earlier one"
+    )
+    what = " ".join(str(error).split())[:200]
+    return UpcycleError(f"checkpoint {path} is damaged ({type(error).__name__}: {what}); delete it, then {remedy}")
 
 
 def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
