@@ -90,7 +90,7 @@ def convert(
             teacher, student = verify.load_teacher(opened), verify.load_student(out)
             difference = verify.measure_difference(teacher, student, step=lambda: bar.advance(task))
     _show_result(made, out, difference, as_json)
-    if difference and made.exact and not difference.max_abs <= verify.EXACT_TOLERANCE:  # also where it is NaN
+    if difference and made.exact and not difference.equal:
         stderr.print(
             f"error: {out} is written, but it differs from its teacher by {difference.max_abs:.1e}, where at most "
             f"{verify.EXACT_TOLERANCE:.0e} is right; this is a fault of upcycle, not yours"

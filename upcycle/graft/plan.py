@@ -201,7 +201,7 @@ def _plan_graft(source: Source, teacher: DiTConfig, options: Options) -> Plan:
     if same_grid and options.router != "random":
         notes.append(
             f"ratio {ratio:g} keeps as many tokens as the teacher's patches: savings come from tail dropping "
-            "(--tail-drop), Lite-CFG or a higher ratio"
+            "(--tail-drop) or a higher ratio"
         )
     return Plan(
         source=source,
