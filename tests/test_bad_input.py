@@ -322,7 +322,7 @@ def test_sigterm_leaves_nothing_half_written(pipeline_dir, command, tmp_path, mo
 def test_a_conversion_that_should_be_exact_and_is_not(pipeline_dir, command, tmp_path, monkeypatch, worst):
     from upcycle.graft import verify
 
-    measured = verify.Difference(worst, {999: worst}, 64)
+    measured = verify.Difference(worst, {999: worst}, 64, 1.0)
     monkeypatch.setattr(verify, "measure_difference", lambda *_, **__: measured)
     code, out, err = command("convert", pipeline_dir, "-o", tmp_path / "out", "--json")
     assert code == 1

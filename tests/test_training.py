@@ -327,7 +327,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     recipe = small(tmp_path / "run", steps=4)
     run_here(recipe)
     newest = tmp_path / "run" / "checkpoints" / "step-0000004"
-    for name in ("recipe.json", "model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+    for name in ("recipe.json", "model.safetensors", "optimizer.bin", "run.pt"):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UpcycleError, match=r"step-0000004 is damaged .* goes on from step-0000002"):

@@ -121,9 +121,9 @@ def train(
     teacher = teacher.to(accelerator.device)
     model, optimizer = accelerator.prepare(student, optimizer)
     run = state.RunState(student, recipe.ema)
-    state.register(accelerator, run)
+    state.register(accelerator)
     if resume:
-        state.load(accelerator, out / "checkpoints", recipe)
+        state.load(accelerator, out / "checkpoints", recipe, run)
 
     with _Log(out / "log.csv", run.step, recipe.log_every, accelerator.is_main_process) as log, _StopSignal() as stop:
         while run.step < recipe.steps:
@@ -135,7 +135,7 @@ def train(
             on_step(row)
             last = run.step == recipe.steps
             if stopped or last or run.step % recipe.save_every == 0:
-                state.save(accelerator, out / "checkpoints", recipe, run.step)
+                state.save(accelerator, out / "checkpoints", recipe, run)
             if stopped and not last:
                 raise Interrupted(run.step)
 

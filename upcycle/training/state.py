@@ -58,8 +58,8 @@ def router_bias(student: ChunkedDiT) -> torch.Tensor | None:
     return getattr(student.routing_module, "bias", None) if student.routing_module is not None else None
 
 
-def register(accelerator: Accelerator, run: RunState) -> None:
-    """Save and load ``run`` too, and the model under the same names on one rank and on many."""
+def register(accelerator: Accelerator) -> None:
+    """Save and load the model under the same names on one rank and on many."""
 
     def strip(models: list[Any], weights: list[dict[str, Any]], folder: str) -> None:
         weights[:] = [{name.removeprefix("module."): value for name, value in w.items()} for w in weights]
@@ -67,17 +67,16 @@ def register(accelerator: Accelerator, run: RunState) -> None:
     def unwrap(models: list[Any], folder: str) -> None:
         models[:] = [accelerator.unwrap_model(model) for model in models]
 
-    accelerator.register_for_checkpointing(run)
     accelerator.register_save_state_pre_hook(strip)
     accelerator.register_load_state_pre_hook(unwrap)
 
 
-def save(accelerator: Accelerator, folder: Path, recipe: Recipe, step: int) -> None:
+def save(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) -> None:
     """Write ``folder/step-NNNNNNN`` and drop the oldest beyond ``keep_checkpoints``. Call on every rank.
 
     Raises `UpcycleError` where space runs out; nothing is left half-written.
     """
-    partial, final = folder / f".partial-{step:07d}", folder / f"step-{step:07d}"
+    partial, final = folder / f".partial-{run.step:07d}", folder / f"step-{run.step:07d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -85,6 +84,8 @@ def save(accelerator: Accelerator, folder: Path, recipe: Recipe, step: int) -> N
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()  # every rank writes its random state
         if accelerator.is_main_process:
+            # Not by accelerate's register_for_checkpointing, which would unpickle it without a check when it loads.
+            torch.save(run.state_dict(), partial / "run.pt")
             (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -100,11 +101,12 @@ def save(accelerator: Accelerator, folder: Path, recipe: Recipe, step: int) -> N
     accelerator.wait_for_everyone()
 
 
-def load(accelerator: Accelerator, folder: Path, recipe: Recipe) -> None:
+def load(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) -> None:
     """Load the newest checkpoint of ``folder``; raises `UpcycleError` as `newest` does, and if it is damaged."""
     path = newest(folder, recipe)
     try:
         accelerator.load_state(str(path))
+        run.load_state_dict(torch.load(path / "run.pt", map_location="cpu", weights_only=True))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # accelerate, torch, pickle and safetensors each have their own
