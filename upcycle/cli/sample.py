@@ -18,7 +18,7 @@ EPILOG = """
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="An export, a DiT pipeline folder, or a Hub id.")],
+    model: Annotated[str, typer.Argument(help="An export or DiT pipeline folder, or the Hub id of a teacher.")],
     classes: Annotated[
         str | None,
         typer.Option(help="Class ids or names, separated by commas; names may hold no comma. Default: the first ten."),
