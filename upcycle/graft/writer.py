@@ -1,9 +1,8 @@
-"""A safetensors writer that streams: two tensors in memory at a time (the library's writers want them all)."""
+"""A safetensors writer that streams: one tensor in memory at a time (the library's writers want them all)."""
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
@@ -60,7 +59,8 @@ def write_safetensors(
     with path.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for (name, piece), tensor in zip(ordered, _loaded(piece for _, piece in ordered), strict=True):
+        for name, piece in ordered:
+            tensor = piece.load().contiguous()
             assert tensor.shape == torch.Size(piece.shape), name
             assert tensor.dtype == piece.dtype, name
             if tensor.numel():
@@ -72,19 +72,6 @@ def _write(file: RawIOBase, data: memoryview) -> None:
     """Write in small pieces: three times as fast as one large write (docs/log.md), and raw files may write less."""
     while data:
         data = data[file.write(data[:WRITE_BYTES]) :]
-
-
-def _loaded(pieces: Iterable[Piece]) -> Iterator[torch.Tensor]:
-    """The pieces' tensors in order, each read and checked while the one before it is being written."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting: Future[torch.Tensor] | None = None
-        for piece in pieces:
-            upcoming = reader.submit(piece.load)
-            if waiting is not None:
-                yield waiting.result().contiguous()
-            waiting = upcoming
-        if waiting is not None:
-            yield waiting.result().contiguous()
 
 
 def write_weights(
