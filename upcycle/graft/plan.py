@@ -197,11 +197,13 @@ def _plan_graft(source: Source, teacher: DiTConfig, options: Options) -> Plan:
     if num_embedders > 1:
         notes.append(f"the blocks' embedders differ: {num_embedders} copies are kept instead of one")
     patches = (teacher.sample_size // teacher.patch_size) ** 2
+    if not lean:
+        notes.append("the published start is untrained: it predicts 0 and reaches its ratio by training")
     same_grid = lean and round(teacher.sample_size**2 / ratio) == patches
     if same_grid and options.router != "random":
         notes.append(
             f"ratio {ratio:g} keeps as many tokens as the teacher's patches: savings come from tail dropping "
-            "(--tail-drop) or a higher ratio"
+            "(upcycle sample --tail-drop) or a higher ratio"
         )
     return Plan(
         source=source,
