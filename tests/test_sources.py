@@ -551,6 +551,8 @@ def test_views_and_shared_storages(tmp_path: Path, way: str) -> None:
         assert loaded.is_contiguous()
         assert not loaded.requires_grad
         assert loaded.untyped_storage().nbytes() == lazy.nbytes
+        chunks = [chunk.clone() for chunk in lazy.chunks(torch.empty(8, dtype=torch.uint8))]
+        assert torch.equal(torch.cat([*chunks, tensor.new_empty(0)]).reshape(tensor.shape), tensor), name
         if tensor.dim() and len(tensor) > 1:
             assert torch.equal(lazy.rows("part", 1, len(tensor)).load(), tensor[1:]), name
 
@@ -580,6 +582,9 @@ def test_a_file_that_shrinks_after_opening(dit, tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(UpcycleError, match="ends early"):
         _ = [tensor.load() for tensor in source.tensors.values()]
+    buffer = torch.empty(64, dtype=torch.uint8)
+    with pytest.raises(UpcycleError, match="ends early"):
+        _ = [chunk for tensor in source.tensors.values() for chunk in tensor.chunks(buffer)]
     file.unlink()
     with pytest.raises(UpcycleError, match="cannot be read"):
         next(iter(source.tensors.values())).load()

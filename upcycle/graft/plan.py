@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,8 @@ class FreshTensor:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
-    def load(self) -> torch.Tensor:
-        return self.tensor
+    def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        yield self.tensor.flatten()
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class ReusedTensor:
     def dtype(self) -> torch.dtype:
         return self.source.dtype
 
-    def load(self) -> torch.Tensor:
-        tensor = self.source.load()
-        check_finite(self.name, tensor)
-        return tensor
+    def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        for chunk in self.source.chunks(buffer):
+            check_finite(self.name, chunk)
+            yield chunk
 
 
 @dataclass
@@ -101,9 +101,9 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Estimated peak resident bytes of writing: this process now, the fresh tensors, two of the largest tensor."""
+        """Estimated peak resident bytes of writing: this process now, and the largest tensor, if it is read whole."""
         now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return now + 2 * max(map(nbytes, self.pieces.values()))
+        return now + max(map(nbytes, self.pieces.values()))
 
     @property
     def flops_per_image(self) -> dict[str, Any]:

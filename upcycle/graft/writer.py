@@ -1,15 +1,16 @@
-"""A safetensors writer that streams: one tensor in memory at a time (the library's writers want them all)."""
+"""A safetensors writer that streams through one small buffer (the library's writers want all tensors in memory)."""
 
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-WRITE_BYTES = 2**20
+# Small enough to stay in a core's cache from the read over the check to the write.
+BUFFER_BYTES = 2**20
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -20,13 +21,13 @@ DTYPE_NAMES = {
 
 
 class Piece(Protocol):
-    """A tensor that is known before it is read."""
+    """A tensor that is known before it is read; `chunks` gives its values, flat and in order (`LazyTensor.chunks`)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> torch.dtype: ...
-    def load(self) -> torch.Tensor: ...
+    def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]: ...
 
 
 def nbytes(piece: Piece) -> int:
@@ -56,22 +57,25 @@ def write_safetensors(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
     with path.open("wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name, piece in ordered:
-            tensor = piece.load().contiguous()
-            assert tensor.shape == torch.Size(piece.shape), name
-            assert tensor.dtype == piece.dtype, name
-            if tensor.numel():
-                _write(file, memoryview(tensor.flatten().view(torch.uint8).numpy()))
-            written(nbytes(piece))
+            size = 0
+            for chunk in piece.chunks(buffer):
+                assert chunk.dtype == piece.dtype, name
+                size += chunk.numel() * chunk.itemsize
+                if chunk.numel():
+                    _write(file, memoryview(chunk.view(torch.uint8).numpy()))
+            assert size == nbytes(piece), name
+            written(size)
 
 
 def _write(file: RawIOBase, data: memoryview) -> None:
-    """Write in small pieces: three times as fast as one large write (docs/log.md), and raw files may write less."""
+    """Write all of ``data``: raw files may write less than they are given, and large writes are slow (docs/log.md)."""
     while data:
-        data = data[file.write(data[:WRITE_BYTES]) :]
+        data = data[file.write(data[:BUFFER_BYTES]) :]
 
 
 def write_weights(

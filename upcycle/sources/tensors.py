@@ -5,7 +5,7 @@ memory, and converting a 2.7 GB checkpoint must stay below 1 GB.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,14 +49,26 @@ class LazyTensor:
         """
         if isinstance(self.place, torch.Tensor):
             return self.place.detach().clone(memory_format=torch.contiguous_format)
-        numel = math.prod(self.shape)
-        if numel == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
-        if self.place.stride is None:
-            return _read(self.place.path, self.place.offset, numel, self.dtype).reshape(self.shape)
-        span = span_of(self.shape, self.place.stride)
-        flat = _read(self.place.path, self.place.offset, span, self.dtype)
-        return flat.as_strided(self.shape, self.place.stride).clone(memory_format=torch.contiguous_format)
+        stride = self.place.stride
+        numel = math.prod(self.shape) if stride is None else span_of(self.shape, stride)
+        data = torch.empty(numel * self.dtype.itemsize, dtype=torch.uint8)
+        for _ in _read(self.place, numel * self.dtype.itemsize, data):
+            pass
+        if stride is None:
+            return data.view(self.dtype).reshape(self.shape)
+        return data.view(self.dtype).as_strided(self.shape, stride).clone(memory_format=torch.contiguous_format)
+
+    def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The values as `load()` returns them, flat and in order, but at most ``len(buffer)`` bytes at a time.
+
+        ``buffer``: uint8, its length a multiple of 8. A chunk is read into it and holds until the next one is asked
+        for; a tensor that lies strided or in memory comes as one chunk of its own. Raises as `load()` does.
+        """
+        if isinstance(self.place, torch.Tensor) or self.place.stride is not None:
+            yield self.load().flatten()
+        else:
+            for count in _read(self.place, self.nbytes, buffer):
+                yield buffer[:count].view(self.dtype)
 
     def renamed(self, name: str) -> "LazyTensor":
         """The same tensor under another name."""
@@ -79,20 +91,23 @@ def span_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _read(path: Path, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-    data = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+def _read(place: FilePlace, size: int, buffer: torch.Tensor) -> Iterator[int]:
+    """Fill ``buffer`` with the next of the ``size`` bytes from ``place`` on, again and again; yields how many."""
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            while view:  # the kernel hands out at most 2 GiB a call
-                count = file.readinto(view)
-                if not count:
-                    raise UpcycleError(f"{path}: ends early; the file is truncated, fetch it again")
-                view = view[count:]
+        with place.path.open("rb", buffering=0) as file:
+            file.seek(place.offset)
+            while size:
+                want = min(size, len(buffer))
+                view = memoryview(buffer.numpy())[:want]
+                while view:  # the kernel hands out at most 2 GiB a call
+                    count = file.readinto(view)
+                    if not count:
+                        raise UpcycleError(f"{place.path}: ends early; the file is truncated, fetch it again")
+                    view = view[count:]
+                size -= want
+                yield want
     except OSError as error:
-        raise UpcycleError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    return data.view(dtype)
+        raise UpcycleError(f"{place.path}: cannot be read ({error.strerror}); check the file") from error
 
 
 def check_finite(name: str, tensor: torch.Tensor, *, source: str = "") -> None:
