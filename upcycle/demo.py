@@ -17,7 +17,7 @@ from rich.progress import Progress
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import plots
 from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
-from upcycle.evaluation.validation import validation_loss
+from upcycle.evaluation.validation import validate
 from upcycle.graft.export import export_student
 from upcycle.graft.verify import MEASURE_STEPS, load_student, measure_difference
 from upcycle.models.chunked_dit import ChunkedDiT
@@ -44,7 +44,7 @@ def run_demo(
     content = yaml.safe_load((importlib.resources.files("upcycle") / RECIPE).read_text())
     content["seed"] = seed
     if steps is not None:
-        content["steps"] = steps
+        content["stages"][0]["steps"] = steps
     if ratio is not None:
         content["convert"] = {**content.get("convert", {}), "ratio": ratio}
     with new_folder(out, force) as folder, tempfile.TemporaryDirectory(prefix="upcycle-demo-") as work:
@@ -60,8 +60,8 @@ def run_demo(
         bar.console.print(f"the converted model is at most {difference.max_abs:.1e} from its teacher")
         images, labels = load_digits("val")
         alpha_bar = prepared.student.alpha_bar(torch.arange(1000))
-        teacher_loss, _ = validation_loss(prepared.teacher, images, labels, alpha_bar)
-        start_loss, _ = validation_loss(prepared.student, images, labels, alpha_bar)
+        teacher_loss = validate(prepared.teacher, images, labels, alpha_bar).mean_loss
+        start_loss = validate(prepared.student, images, labels, alpha_bar).mean_loss
         seconds["conversion"] = time.perf_counter() - clock
 
         clock = time.perf_counter()
@@ -71,12 +71,12 @@ def run_demo(
             text = f"post-train  loss {row['loss']:.4f}  ratio {row['ratio']:.2f}"
             bar.update(task, completed=row["step"], description=text)
 
-        train(recipe, prepared.student, prepared.teacher, prepared.data, prepared.out, on_step=on_step)
+        trained = train(recipe, prepared.student, prepared.teacher, prepared.data, prepared.out, on_step=on_step)
         seconds["training"] = time.perf_counter() - clock
-        export_student(prepared.student, prepared.start, folder / "pipeline")
+        export_student(trained, prepared.start, folder / "pipeline")
 
         student = load_student(folder / "pipeline")
-        student_loss, _ = validation_loss(student, images, labels, alpha_bar)
+        student_loss = validate(student, images, labels, alpha_bar).mean_loss
         _draw_router(student, images, labels, alpha_bar, folder / "router.png")
 
         clock = time.perf_counter()

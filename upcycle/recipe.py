@@ -42,45 +42,93 @@ class Convert(_Strict):
 
 
 class Losses(_Strict):
-    """Weights of the losses; 0 leaves one out.
+    """Weights of the losses of a stage; 0 leaves one out.
 
-    ``diffusion``: MSE to the noise. ``distill``: MSE to the teacher's output, learned sigma included. ``ratio``: the
-    published ratio loss over groups of ``ratio_group`` samples of one rank, whose share of the batch the groups must
-    divide (a smaller share is one group). ``router``: BCE of the boundary score against the teacher's local detail;
-    decays linearly to a third of its weight over the run.
+    ``diffusion``: MSE to the noise. ``variational``: the bound that trains a learned sigma, in bits per dimension as
+    Meta adds it; models without a learned sigma have none. ``distill``: MSE to the teacher's output, learned sigma
+    included. ``blocks``: MSE to the outputs of the teacher's blocks (DC-DiT's upcycling). ``ratio``: the published
+    ratio loss over groups of ``ratio_group`` samples, which must divide what a rank sees at once (less is one group).
+    ``router``: BCE of the boundary score against the teacher's local detail; decays linearly to a third of its weight
+    over the stage. ``min_snr``: gamma of the min-SNR weight min(snr, gamma) / snr on ``diffusion`` and ``distill``.
     """
 
     diffusion: NonNegative = 1.0
+    variational: NonNegative = 1.0
     distill: NonNegative = 1.0
+    blocks: NonNegative = 0.0
     ratio: NonNegative = 0.03
     ratio_group: Annotated[int, Field(ge=1)] = 16
     router: NonNegative = 0.5
+    min_snr: Positive | None = None
 
 
 class Anneal(_Strict):
-    """From the teacher's grid to the learned router: the guide k falls to 0 over the first ``until`` of the steps."""
+    """From the teacher's grid to the learned router: the guide k falls to 0 over the first ``until`` of the stage.
 
-    until: Fraction = 0.4
+    With ``until: null`` it stays where it is. ``bias_rate`` is the step of the controller that holds the ratio.
+    """
+
+    until: Fraction | None = 0.4
     bias_rate: Fraction = 0.1
 
 
 class TailDrop(_Strict):
-    """Multi-budget training: from ``start`` (a share of the steps) on, each step draws one fraction for the batch."""
+    """Multi-budget training: from ``start`` (a share of the stage) on, each step draws one fraction for the batch."""
 
     values: list[BelowOne] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     start: Fraction = 0.4
 
 
-class Optimizer(_Strict):
-    """AdamW. ``router_lr_scale`` multiplies the learning rate of the router's parameters."""
+class Stage(_Strict):
+    """A part of a run with losses, learning rate and frozen parts of its own.
 
+    ``lr`` rises linearly over ``warmup`` steps, then stays or follows a cosine to 0 at the stage's end.
+    ``teacher_guidance``: scale of the classifier-free guidance in the teacher's output that ``distill`` follows; 1 is
+    none.
+    """
+
+    name: Text
+    steps: Annotated[int, Field(ge=1)]
     lr: Positive = 1e-4
     warmup: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    freeze: list[Literal["embedders", "blocks", "head"]] = ["embedders"]
+    losses: Losses = Losses()
+    anneal: Anneal = Anneal()
+    tail_drop: TailDrop = TailDrop()
+    teacher_guidance: Annotated[float, Field(ge=1)] = 1.0
+
+
+class Optimizer(_Strict):
+    """AdamW. ``router_lr_scale`` multiplies the learning rate of the router's parameters."""
+
     weight_decay: NonNegative = 0.0
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip: Positive = 1.0
     router_lr_scale: Positive = 10.0
+
+
+class Validation(_Strict):
+    """Validation loss of student and teacher on held-out ``data``, every so many steps, by noise level.
+
+    ``samples``: how many of them (the first ones), all by default. ``patience``: stop after so many validations without
+    a better one.
+    """
+
+    data: Text
+    every: Annotated[int, Field(ge=1)] = 1000
+    samples: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
+
+
+class Preview(_Strict):
+    """A sample grid and router maps from fixed seeds, every so many steps; one sample for each of ``labels``."""
+
+    every: Annotated[int, Field(ge=1)] = 1000
+    labels: list[Annotated[int, Field(ge=0)]] = [0, 1, 2, 3, 4, 5, 6, 7]
+    steps: Annotated[int, Field(ge=1)] = 50
+    guidance_scale: Annotated[float, Field(ge=1)] = 2.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 class Recipe(_Strict):
@@ -88,8 +136,13 @@ class Recipe(_Strict):
 
     ``teacher``: any source that `upcycle convert` takes, or ``digits`` for the shipped one; ``revision``, ``weights``
     and ``heads`` say how to open it, and ``vae`` adds one to a bare checkpoint. ``student``: an export to start from;
-    without it the teacher is converted first, with ``convert``. ``data``: ``digits``, or a folder of
-    ``*.safetensors`` shards with ``z0`` [N, C, H, W] and ``label`` [N].
+    without it the teacher is converted first, with ``convert``. ``data``: ``digits``, or a folder that `upcycle encode`
+    or `upcycle synthesize` wrote, or one of ``*.safetensors`` shards with ``z0`` [N, C, H, W] and ``label`` [N].
+
+    ``batch_size`` is the whole batch of an update, over all ranks and ``gradient_accumulation`` parts.
+    ``teacher_precision``: of the teacher's weights and arithmetic; by default the one of ``mixed_precision``.
+    ``max_skipped``: stop after so many steps in a row whose loss or gradient is not finite. ``export``: which weights
+    the run ends with, the last (averaged) ones or those of the best validation.
     """
 
     teacher: Text
@@ -100,30 +153,41 @@ class Recipe(_Strict):
     student: Text | None = None
     convert: Convert = Convert()
     data: Text
+    data_workers: Annotated[int, Field(ge=0)] = 2
+    validation: Validation | None = None
     out: Text
-    steps: Annotated[int, Field(ge=1)]
+    stages: Annotated[list[Stage], Field(min_length=1)]
     batch_size: Annotated[int, Field(ge=1)] = 256
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     label_dropout: Fraction = 0.1
-    freeze: list[Literal["embedders", "blocks", "head"]] = ["embedders"]
-    losses: Losses = Losses()
-    anneal: Anneal = Anneal()
-    tail_drop: TailDrop = TailDrop()
     optimizer: Optimizer = Optimizer()
     ema: BelowOne = 0.9999
     mixed_precision: Literal["no", "bf16"] = "no"
+    teacher_precision: Literal["no", "bf16", "fp16"] | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
+    max_skipped: Annotated[int, Field(ge=1)] = 10
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 1000
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    preview: Preview | None = None
+    export: Literal["last", "best"] = "last"
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
 
     @model_validator(mode="before")
     @classmethod
     def _bare_no(cls, content: Any) -> Any:
         """YAML reads a bare no as false."""
-        if isinstance(content, dict) and content.get("mixed_precision") is False:
-            return {**content, "mixed_precision": "no"}
-        return content
+        if not isinstance(content, dict):
+            return content
+        precisions = ("mixed_precision", "teacher_precision")
+        return {key: "no" if key in precisions and value is False else value for key, value in content.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -131,6 +195,11 @@ class Recipe(_Strict):
             raise ValueError("student: start from an export, or convert the teacher, not both; leave out one of them")
         if self.student is not None and self.vae is not None:
             raise ValueError("vae: the student keeps its own; leave out 'vae' or 'student'")
+        names = [stage.name for stage in self.stages]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"stages: the name {min(twice)} is given twice; every stage needs one of its own")
+        if self.export == "best" and self.validation is None:
+            raise ValueError("export: best needs 'validation' to judge by; add it, or export the last weights")
         return self
 
 
@@ -175,14 +244,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UpcycleError(f"--set {override} is not of the form key=value, such as losses.ratio=0.05")
-        *parents, leaf = key.split(".")
-        target = content
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise UpcycleError(f"--set {override}: {parent} is not a group of options")
-        target[leaf] = _parse_yaml(value, f"--set {override}")
+        _override(content, override, key.split("."), _parse_yaml(value, f"--set {override}"))
     return parse_recipe(content, str(path))
+
+
+def _override(content: Any, override: str, path: list[str], value: Any) -> None:
+    """Set what ``path`` names; a stage is named by its name or its number."""
+    target = content
+    for key in path[:-1]:
+        if isinstance(target, list):
+            stages = {str(item.get("name")): item for item in target if isinstance(item, dict)}
+            found = stages.get(key) or dict(enumerate(target)).get(int(key) if key.isdigit() else -1)
+            if found is None:
+                raise UpcycleError(f"--set {override}: there is no stage {key}; there are {', '.join(stages)}")
+            target = found
+        elif isinstance(target, dict):
+            target = target.setdefault(key, {})
+    if not isinstance(target, dict):
+        raise UpcycleError(f"--set {override}: {path[-2]} is not a group of options")
+    target[path[-1]] = value
 
 
 def parse_recipe(content: dict[str, Any], name: str) -> Recipe:
@@ -198,7 +278,10 @@ def _describe(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(error["loc"][-1]), _keys(error["loc"][:-1]), n=1, cutoff=0.5)
-        return f"unknown key '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        if not near and len(error["loc"]) == 1 and where in Stage.model_fields:
+            hint = ", it belongs to a stage: stages: [{name: post-train, " + where + ": ...}]"
+        return f"unknown key '{where}'{hint}"
     if error["type"] == "missing":
         return f"'{where}' is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -206,8 +289,16 @@ def _describe(error: Any) -> str:
 
 
 def _keys(path: tuple[Any, ...]) -> list[str]:
+    """Keys of the group of options at ``path``."""
     model: Any = Recipe
     for part in path:
-        annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type)), None)
-    return list(model.model_fields) if model and issubclass(model, BaseModel) else []
+        if isinstance(part, str):  # a number is the place in a list
+            model = _group(model.model_fields[part].annotation)
+    return list(model.model_fields) if model else []
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    """The group of options inside an annotation such as ``Validation | None`` or ``list[Stage]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _group(inner))), None)

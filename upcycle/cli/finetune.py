@@ -43,11 +43,10 @@ def finetune(
 
         def on_step(row: dict[str, Any]) -> None:
             last.update(row)
-            text = f"loss {row['loss']:.4f}  ratio {row['ratio']:.2f}  tokens {row['tokens_kept']:.0f}"
-            bar.update(task, completed=row["step"], description=text)
+            bar.update(task, completed=row["step"], description=_describe(row))
 
         try:
-            export = run.finetune(prepared, resume=resume, on_step=on_step)
+            export = run.finetune(prepared, resume=resume, on_step=on_step, on_note=bar.console.print)
         except loop.Interrupted as interrupted:
             bar.stop()
             options = [word for item in set_ or [] for word in ("--set", item)]
@@ -59,3 +58,12 @@ def finetune(
         return
     stdout.print(f"log: {prepared.out / 'log.csv'}")
     stdout.print(str(export), style="bold")
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """What the progress bar says of a step."""
+    levels = "/".join("-" if (v := row[key]) != v else f"{v:.0f}" for key in row if key.startswith("tokens_t"))
+    return (
+        f"{row['stage']}  loss {row['loss']:.4f}  ratio {row['ratio']:.2f}  tokens {levels}  "
+        f"{row['step_seconds']:.2f} s/step, {row['data_seconds']:.2f} for data"
+    )

@@ -1,31 +1,64 @@
 """Validation loss: epsilon-MSE on held-out samples with fixed noise."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 TIMESTEPS = tuple(range(50, 1000, 100))
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Epsilon-MSE and tokens kept (nan for a model without a router), by timestep."""
+
+    loss: dict[int, float]
+    tokens: dict[int, float]
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.loss.values()) / len(self.loss)
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(self.tokens.values()) / len(self.tokens)
 
 
 @torch.inference_mode()
-def validation_loss(
-    model: torch.nn.Module, x0: torch.Tensor, labels: torch.Tensor, alpha_bar: torch.Tensor, seed: int = 0
-) -> tuple[float, float]:
-    """Mean epsilon-MSE over ten timesteps, and the mean tokens kept (nan for a model without a router).
+def validate(
+    model: torch.nn.Module,
+    x0: torch.Tensor,
+    labels: torch.Tensor,
+    alpha_bar: torch.Tensor,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Validation:
+    """Measure ``model`` at ten timesteps.
 
     Args:
         x0: [n, C, H, W] on the CPU; labels: int64 [n].
         alpha_bar: cumulative signal power of the noise schedule, fp32 [T].
+        rank, ranks: measure every ``ranks``-th sample only, from ``rank`` on; what is over is left out.
 
     The noise depends on ``seed`` and the sample's place only: every model meets the same noisy batch.
     """
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     generator = torch.Generator().manual_seed(seed)
-    total, kept = 0.0, []
+    rows = torch.arange(rank, len(x0) // ranks * ranks, ranks)
+    loss, tokens = {}, {}
     for t in TIMESTEPS:
         noise = torch.randn(x0.shape, generator=generator)
-        x_t = alpha_bar[t].sqrt() * x0 + (1 - alpha_bar[t]).sqrt() * noise
-        out = model(x_t.to(device), torch.full((len(x0),), t, device=device), labels.to(device))
-        total += F.mse_loss(out.sample[:, : x0.shape[1]].float().cpu(), noise).item()
-        if getattr(out, "routing", None) is not None:
-            kept.append(out.routing.mask.sum(1).float().mean().item())
-    return total / len(TIMESTEPS), sum(kept) / len(kept) if kept else float("nan")
+        error, kept = torch.zeros((), device=device), torch.zeros((), device=device)
+        for some in rows.split(BATCH):
+            x_t = alpha_bar[t].sqrt() * x0[some] + (1 - alpha_bar[t]).sqrt() * noise[some]
+            timestep = torch.full((len(some),), t, device=device)
+            out = model(x_t.to(device, dtype), timestep, labels[some].to(device))
+            epsilon = out.sample[:, : x0.shape[1]].float()
+            error += len(some) * F.mse_loss(epsilon, noise[some].to(device))
+            routing = getattr(out, "routing", None)
+            kept += torch.nan if routing is None else routing.mask.sum().float()
+        loss[t], tokens[t] = error.item() / len(rows), kept.item() / len(rows)
+    return Validation(loss, tokens)

@@ -124,18 +124,54 @@ class Layout:
 
     def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
         """[B, M, D] -> [T, D], or unchanged where the batch is even."""
-        return x_BMD if self.place is None else x_BMD.flatten(0, 1)[self.place]
+        return x_BMD if self.place is None else _Pack.apply(x_BMD, self.place)
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
         """Inverse of `pack`; padding is zero."""
         if self.place is None:
             return x
-        padded = x.new_zeros(self.batch * self.longest, x.shape[-1])
-        return padded.index_copy(0, self.place, x).unflatten(0, (self.batch, self.longest))
+        return _pad(x, self.place, self.batch, self.longest)
 
     def per_token(self, x_BD: torch.Tensor) -> torch.Tensor:
         """A vector per sample, shaped to broadcast over its tokens: [B, 1, D] or [T, D]."""
-        return x_BD[:, None] if self.place is None else x_BD[self.place // self.longest]
+        return x_BD[:, None] if self.place is None else _PerToken.apply(x_BD, self.place, self.longest)
+
+
+def _pad(x_TD: torch.Tensor, place: torch.Tensor, batch: int, longest: int) -> torch.Tensor:
+    padded = x_TD.new_zeros(batch * longest, x_TD.shape[-1])
+    return padded.index_copy(0, place, x_TD).unflatten(0, (batch, longest))
+
+
+# Indexing of torch's own adds gradients up with atomics on the CPU, in an order that changes from run to run, and sorts
+# on a GPU. The places of tokens are distinct, so that neither is needed.
+
+
+class _Pack(torch.autograd.Function):
+    """[B, M, D] -> [T, D]."""
+
+    @staticmethod
+    def forward(ctx, x_BMD, place):
+        ctx.save_for_backward(place)
+        ctx.shape = x_BMD.shape[:2]
+        return x_BMD.flatten(0, 1)[place]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _pad(gradient, *ctx.saved_tensors, *ctx.shape), None
+
+
+class _PerToken(torch.autograd.Function):
+    """A vector per sample for each of its tokens: [B, D] -> [T, D]."""
+
+    @staticmethod
+    def forward(ctx, x_BD, place, longest):
+        ctx.save_for_backward(place)
+        ctx.shape = len(x_BD), longest
+        return x_BD[place // longest]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _pad(gradient, *ctx.saved_tensors, *ctx.shape).sum(1), None, None
 
 
 class Attention(nn.Module):

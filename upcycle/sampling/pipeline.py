@@ -46,14 +46,19 @@ def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
     if read_json(spec, folder / "transformer" / "config.json").get("_class_name") == "ChunkedDiT":
         transformer = load_student(folder)
     else:
-        transformer = _load(spec, folder / "transformer", TRANSFORMERS, "config.json")
-    vae = _load(spec, folder / "vae", VAES, "config.json")
-    scheduler = _load(spec, folder / "scheduler", SCHEDULERS, "scheduler_config.json")
+        transformer = load_component(spec, folder / "transformer", TRANSFORMERS, "config.json")
+    vae, scheduler = load_vae_and_scheduler(spec, folder)
     if isinstance(transformer, DiTTransformer2DModel):
         clamp_null_class(transformer)
     names = index.get("id2label")
     id2label = {int(k): str(v) for k, v in names.items() if k.isdigit()} if isinstance(names, dict) else None
     return DiTPipeline(transformer, vae, scheduler, id2label=id2label or None)
+
+
+def load_vae_and_scheduler(spec: str, folder: Path) -> tuple[Any, Any]:
+    """The components of a pipeline folder that are no transformer; raises `UpcycleError` where one does not load."""
+    vae = load_component(spec, folder / "vae", VAES, "config.json")
+    return vae, load_component(spec, folder / "scheduler", SCHEDULERS, "scheduler_config.json")
 
 
 def class_count(pipe: DiTPipeline) -> int:
@@ -62,7 +67,11 @@ def class_count(pipe: DiTPipeline) -> int:
     return c.num_classes if "num_classes" in c else c.num_embeds_ada_norm
 
 
-def _load(spec: str, folder: Path, known: dict[str, Any], file: str) -> Any:
+def load_component(spec: str, folder: Path, known: dict[str, Any], file: str) -> Any:
+    """The model (fp32, eval mode) or scheduler in ``folder``, of one of the ``known`` classes; ``file`` is its config.
+
+    Raises `UpcycleError` where there is none, it is of another class, or it does not load.
+    """
     if not (folder / file).is_file():
         raise UpcycleError(f"{spec} lacks {folder.name}/{file}, which sampling needs")
     name = read_json(spec, folder / file).get("_class_name")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +22,7 @@ from upcycle.output import check_output, write_text
 from upcycle.recipe import Recipe
 from upcycle.sources import DiTConfig, Source, open_source
 from upcycle.sources.weight_files import read_json
-from upcycle.training.data import ShardedData, TensorData, open_data
+from upcycle.training.data import LatentFolder, TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
 from upcycle.training.state import checkpoints, newest
@@ -37,7 +38,8 @@ class Prepared:
     source: Source
     student: ChunkedDiT
     teacher: DiTTransformer2DModel
-    data: TensorData | ShardedData
+    data: TensorData | LatentFolder
+    validation: TensorData | LatentFolder | None
 
 
 def ranks() -> PartialState:
@@ -74,40 +76,74 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     elif checkpoints(out / "checkpoints"):
         raise UpcycleError(f"{out} holds a run already; continue it with --resume, or choose another 'out'")
     source = open_teacher(recipe)
-    data = open_data(recipe.data)
     c = source.config
     assert isinstance(c, DiTConfig)
-    expected = (c.in_channels, c.sample_size, c.sample_size)
-    if data.sample_shape != expected:
-        raise UpcycleError(
-            f"data {recipe.data} has samples of {list(data.sample_shape)} and the teacher takes {list(expected)}"
-        )
-    if data.labels.min() < 0 or data.labels.max() >= c.num_classes:
-        raise UpcycleError(f"data {recipe.data} has labels outside 0..{c.num_classes - 1}, the teacher's classes")
-    if recipe.losses.distill == 0 and c.out_channels == 2 * c.in_channels:
-        raise UpcycleError(
-            f"losses.distill is 0 and teacher {recipe.teacher} predicts a sigma, which no other loss trains; "
-            "give losses.distill a weight"
-        )
+    data = _open_data("data", recipe.data, source)
+    validation = _open_data("validation.data", recipe.validation.data, source) if recipe.validation else None
+    if recipe.preview:
+        _check_preview(recipe, source)
+    _check_sigma(recipe, c)
     if recipe.student is None and not resume:
         if ranks().is_main_process:
             options = Options(**recipe.convert.model_dump(), seed=recipe.seed)
             convert(make_plan(source, options), start, force=True)
         ranks().wait_for_everyone()
     student = _open_student(start, c)
-    student.requires_grad_(True)
-    return Prepared(recipe, out, start, source, student, load_teacher(source), data)
+    return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation)
+
+
+def _open_data(key: str, spec: str, source: Source) -> TensorData | LatentFolder:
+    """Data that fits the teacher; raises `UpcycleError` that names the recipe's ``key``."""
+    data, c = open_data(spec), source.config
+    assert isinstance(c, DiTConfig)
+    expected = (c.in_channels, c.sample_size, c.sample_size)
+    if data.sample_shape != expected:
+        raise UpcycleError(
+            f"{key} {spec} has samples of {list(data.sample_shape)} and the teacher takes {list(expected)}"
+        )
+    if data.labels.min() < 0 or data.labels.max() >= c.num_classes:
+        raise UpcycleError(f"{key} {spec} has labels outside 0..{c.num_classes - 1}, the teacher's classes")
+    return data
+
+
+def _check_sigma(recipe: Recipe, teacher: DiTConfig) -> None:
+    """Some stage must train the learned sigma, or the head forgets it."""
+    if teacher.out_channels == 2 * teacher.in_channels:
+        for stage in recipe.stages:
+            weight = stage.losses
+            if weight.diffusion and not (weight.distill or weight.variational):
+                raise UpcycleError(
+                    f"teacher {recipe.teacher} predicts a sigma, which no loss of stage {stage.name} trains; give "
+                    "losses.variational or losses.distill a weight"
+                )
+
+
+def _check_preview(recipe: Recipe, source: Source) -> None:
+    assert recipe.preview is not None
+    assert isinstance(source.config, DiTConfig)
+    if recipe.student is None and not {"vae", "scheduler"} <= source.components.keys():
+        raise UpcycleError(f"preview needs a VAE and teacher {recipe.teacher} has none; add one with 'vae'")
+    if max(recipe.preview.labels, default=0) >= source.config.num_classes:
+        raise UpcycleError(
+            f"preview.labels {recipe.preview.labels} go beyond the teacher's classes 0..{source.config.num_classes - 1}"
+        )
 
 
 def _check_batch(recipe: Recipe, number: int) -> None:
-    share, group = recipe.batch_size // number, recipe.losses.ratio_group
-    if recipe.batch_size % number:
-        raise UpcycleError(f"batch_size {recipe.batch_size} does not divide by the {number} ranks; choose a multiple")
-    if share > group and share % group:
+    parts = number * recipe.gradient_accumulation
+    if recipe.batch_size % parts:
         raise UpcycleError(
-            f"losses.ratio_group {group} does not divide the {share} samples of a rank (batch_size "
-            f"{recipe.batch_size} on {number}); choose a divisor of {share}"
+            f"batch_size {recipe.batch_size} does not divide by {number} ranks x gradient_accumulation "
+            f"{recipe.gradient_accumulation}; choose a multiple of {parts}"
         )
+    share = recipe.batch_size // parts
+    for stage in recipe.stages:
+        group = stage.losses.ratio_group
+        if share > group and share % group:
+            raise UpcycleError(
+                f"losses.ratio_group {group} of stage {stage.name} does not divide the {share} samples that a rank "
+                f"sees at once (batch_size {recipe.batch_size} / {parts}); choose a divisor of {share}"
+            )
 
 
 def _open_student(start: Path, teacher: DiTConfig) -> ChunkedDiT:
@@ -129,14 +165,29 @@ def _open_student(start: Path, teacher: DiTConfig) -> ChunkedDiT:
 
 
 def finetune(
-    prepared: Prepared, *, resume: bool = False, on_step: Callable[[dict[str, float]], None] = lambda row: None
+    prepared: Prepared,
+    *,
+    resume: bool = False,
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
-    """Train and export; returns the folder of the export, ``out/export``. Call on every rank."""
+    """Train and export; returns the folder of the export, ``out/export``. Call on every rank; see `train`."""
     recipe, out = prepared.recipe, prepared.out
     out.mkdir(parents=True, exist_ok=True)
     if ranks().is_main_process:
         write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    student = train(recipe, prepared.student, prepared.teacher, prepared.data, out, resume=resume, on_step=on_step)
+    student = train(
+        recipe,
+        prepared.student,
+        prepared.teacher,
+        prepared.data,
+        out,
+        validation=prepared.validation,
+        start=prepared.start,
+        resume=resume,
+        on_step=on_step,
+        on_note=on_note,
+    )
     export = out / "export"
     if ranks().is_main_process:
         export_student(student, prepared.start, export)

@@ -1,7 +1,10 @@
 """Checkpoints of a run: complete folders or nothing, made by accelerate, with what it does not know about."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT
@@ -16,15 +20,32 @@ from upcycle.output import disk_full
 from upcycle.recipe import Recipe
 
 # These may change between a run and its continuation.
-RESUMABLE_CHANGES = {"out", "log_every", "save_every", "keep_checkpoints"}
+RESUMABLE_CHANGES = {
+    "out", "log_every", "save_every", "keep_checkpoints", "data_workers", "max_skipped", "trackers", "preview",
+}  # fmt: skip
 
 
 class RunState:
-    """Everything beyond model and optimizer: the step, the EMA of the parameters, the EMA of the router's bias."""
+    """Everything beyond model and optimizer, which a continued run needs to end where an uninterrupted one ends.
+
+    Make it after `Accelerator.prepare`, which may replace the parameters (FSDP).
+
+    Attributes:
+        step: steps done.
+        ema, ema_bias: averages of the parameters and of the router's bias.
+        skipped, skipped_in_row: steps whose loss or gradient was not finite.
+        pending: rows of the log that wait for their average to be written.
+        best: ``{"step", "loss"}`` of the best validation, and how many there were ``since`` then.
+    """
 
     def __init__(self, student: ChunkedDiT, decay: float):
         self.step = 0
-        self.ema = EMAModel(student.parameters(), decay=decay)
+        self.skipped = self.skipped_in_row = 0
+        self.pending: list[dict[str, float]] = []
+        self.best: dict[str, float] | None = None
+        self.since_best = 0
+        sharded = any(isinstance(parameter, DTensor) for parameter in student.parameters())
+        self.ema = EMAModel(student.parameters(), decay=decay, foreach=not sharded)
         bias = router_bias(student)
         self.ema_bias = None if bias is None else bias.detach().clone()
 
@@ -35,22 +56,62 @@ class RunState:
         if bias is not None and self.ema_bias is not None:
             self.ema_bias.lerp_(bias, 1 - self.ema.cur_decay_value)
 
-    def copy_to(self, student: ChunkedDiT) -> None:
-        """Overwrite the student's weights by their averages."""
-        self.ema.copy_to(student.parameters())
+    @contextmanager
+    def averaged(self, student: ChunkedDiT) -> Iterator[None]:
+        """The student with its averaged weights, in eval mode with the guide at 0, while the block runs."""
         bias = router_bias(student)
-        if bias is not None and self.ema_bias is not None:
-            bias.copy_(self.ema_bias)
+        before = None if bias is None else bias.detach().clone()
+        guide, training = student.guide, student.training
+        self.ema.store(student.parameters())
+        try:
+            self.ema.copy_to(student.parameters())
+            if bias is not None and self.ema_bias is not None:
+                bias.copy_(self.ema_bias)
+            student.guide = 0.0
+            yield
+        finally:
+            self.ema.restore(student.parameters())
+            if bias is not None and before is not None:
+                bias.copy_(before)
+            student.guide = guide
+            student.train(training)
+
+    def averaged_weights(self, student: ChunkedDiT) -> dict[str, torch.Tensor]:
+        """A state dict of the averaged student, fp32 on the CPU; under FSDP call it on every rank."""
+        state = {name: tensor.detach().cpu() for name, tensor in student.named_buffers()}
+        for (name, _), shadow in zip(student.named_parameters(), self.ema.shadow_params, strict=True):
+            state[name] = _whole(shadow).float().cpu()
+        if self.ema_bias is not None:
+            state["routing_module.bias"] = self.ema_bias.cpu()
+        return {name: state[name] for name in student.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "ema": self.ema.state_dict(), "ema_bias": self.ema_bias}
+        """All of it, in whole tensors on the CPU; under FSDP call it on every rank."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("ema", "ema_bias")}
+        ema = self.ema.state_dict()
+        ema["shadow_params"] = [_whole(shadow).cpu() for shadow in self.ema.shadow_params]
+        return {**plain, "ema": ema, "ema_bias": None if self.ema_bias is None else self.ema_bias.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        device = self.ema.shadow_params[0].device
-        self.ema.load_state_dict(state["ema"])
-        self.ema.to(device)
-        self.ema_bias = None if state["ema_bias"] is None else state["ema_bias"].to(device)
+        """Take over what `state_dict` gave, onto the devices and shards of this run."""
+        own = self.ema.shadow_params
+        state = dict(state)
+        ema, bias = dict(state.pop("ema")), state.pop("ema_bias")
+        ema["shadow_params"] = [_like(value, mine) for value, mine in zip(ema["shadow_params"], own, strict=True)]
+        self.ema.load_state_dict(ema)
+        if self.ema_bias is not None:
+            self.ema_bias.copy_(bias)
+        vars(self).update(state)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    if isinstance(own, DTensor):
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return value.to(own.device)
 
 
 def router_bias(student: ChunkedDiT) -> torch.Tensor | None:
@@ -71,39 +132,63 @@ def register(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(unwrap)
 
 
-def save(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) -> None:
-    """Write ``folder/step-NNNNNNN`` and drop the oldest beyond ``keep_checkpoints``. Call on every rank.
+def save(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) -> bool:
+    """Write ``folder/step-NNNNNNN``, and drop the oldest beyond ``keep_checkpoints``, but for the best one.
 
-    Raises `UpcycleError` where space runs out; nothing is left half-written.
+    Call on every rank. Returns False where space runs out: nothing is left half-written, and the checkpoints that were
+    there are whole.
     """
     partial, final = folder / f".partial-{run.step:07d}", folder / f"step-{run.step:07d}"
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if main:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()  # every rank writes its random state
-        if accelerator.is_main_process:
-            # Not by accelerate's register_for_checkpointing, which would unpickle it without a check when it loads.
-            torch.save(run.state_dict(), partial / "run.pt")
-            (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in checkpoints(folder)[: -recipe.keep_checkpoints]:
+    complete = _enough_space(lambda: accelerator.save_state(str(partial)))
+    content = run.state_dict()
+    if main and complete:
+        # Not by accelerate's register_for_checkpointing, which would unpickle it without a check when it loads.
+        complete = _enough_space(lambda: torch.save(content, partial / "run.pt"))
+        complete = complete and _enough_space(
+            lambda: (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
+        )
+    everywhere = accelerator.reduce(torch.tensor(float(complete), device=accelerator.device), reduction="mean")
+    complete = everywhere.item() == 1
+    if main and complete:
+        _to_disk(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        kept = {f"step-{run.best['step']:07.0f}"} if run.best else set()
+        for old in checkpoints(folder)[: -recipe.keep_checkpoints]:
+            if old.name not in kept:
                 shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    elif main:
         shutil.rmtree(partial, ignore_errors=True)
-        if disk_full(error):
-            raise UpcycleError(
-                f"{final}: no space left to write the checkpoint; make room, then go on with --resume"
-            ) from error
-        raise
     accelerator.wait_for_everyone()
+    return complete
 
 
-def load(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) -> None:
-    """Load the newest checkpoint of ``folder``; raises `UpcycleError` as `newest` does, and if it is damaged."""
-    path = newest(folder, recipe)
+def _enough_space(write: Callable[[], Any]) -> bool:
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if disk_full(error):
+            return False
+        raise
+    return True
+
+
+def _to_disk(folder: Path) -> None:
+    """Flush a folder, so that not even a power cut leaves a named checkpoint without its content."""
+    for path in (*folder.rglob("*"), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load(accelerator: Accelerator, path: Path, run: RunState) -> None:
+    """Load one checkpoint; raises `UpcycleError` if it is damaged."""
     try:
         accelerator.load_state(str(path))
         run.load_state_dict(torch.load(path / "run.pt", map_location="cpu", weights_only=True))
@@ -129,9 +214,9 @@ def newest(folder: Path, recipe: Recipe) -> Path:
         raise _damaged(found[-1], error) from error
     ours = _flat(json.loads(recipe.model_dump_json()))
     changed = [
-        f"{key} was {theirs.get(key)!r} and is {ours[key]!r}"
-        for key in ours
-        if key not in RESUMABLE_CHANGES and theirs.get(key) != ours[key]
+        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
+        for key in dict.fromkeys((*ours, *theirs))
+        if key.partition(".")[0] not in RESUMABLE_CHANGES and theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise UpcycleError(f"{found[-1]} belongs to another recipe: {'; '.join(changed)}")
@@ -147,8 +232,13 @@ def _damaged(path: Path, error: Exception) -> UpcycleError:
     return UpcycleError(f"checkpoint {path} is damaged ({type(error).__name__}: {what}); delete it, then {remedy}")
 
 
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested options -> {"stages.align.lr": ...}; the stages under their names."""
+    if isinstance(options, list) and options and isinstance(options[0], dict):
+        options = {item["name"]: item for item in options}
+    if not isinstance(options, dict):
+        return {prefix.removesuffix("."): options}
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flat(value, f"{prefix}{key}.")
     return flat

@@ -1,0 +1,198 @@
+"""Watching a run: validation loss beside the teacher's, sample grids, router maps, trackers."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiTPipeline, DiTTransformer2DModel
+
+from upcycle.evaluation import plots
+from upcycle.evaluation.validation import TIMESTEPS, Validation, validate
+from upcycle.recipe import Recipe
+from upcycle.sampling.draw import clamp_null_class, draw
+from upcycle.sampling.pipeline import load_vae_and_scheduler
+from upcycle.training.data import LatentFolder, TensorData
+from upcycle.training.log import open_rows
+from upcycle.training.state import RunState
+
+VALIDATION_COLUMNS = (
+    "step", "student", "teacher", "tokens_kept",
+    *(f"{what}_t{t}" for what in ("student", "teacher", "tokens") for t in TIMESTEPS),
+)  # fmt: skip
+MAPS = 7  # router maps along a trajectory
+
+
+class Watch:
+    """Looks at the averaged student every so many steps; the same calls on every rank.
+
+    Writes ``out/validation.csv`` and ``out/previews``. ``is_best``: the validation of this step was the best so far.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        teacher: DiTTransformer2DModel,
+        run: RunState,
+        validation: TensorData | LatentFolder | None,
+        start: Path | None,
+        out: Path,
+    ):
+        self._recipe, self._accelerator, self._teacher, self._run = recipe, accelerator, teacher, run
+        self._model, self._student = model, accelerator.unwrap_model(model)
+        self._start, self._out = start, out
+        self.is_best = False
+        self._teacher_loss: Validation | None = None
+        self._teacher_images: torch.Tensor | None = None
+        steps = torch.arange(self._student.config.num_train_timesteps, device=accelerator.device)
+        self._alpha_bar = self._student.alpha_bar(steps).cpu()
+        self._x0: torch.Tensor | None = None
+        if validation is not None and recipe.validation is not None:
+            count = min(len(validation), recipe.validation.samples or len(validation))
+            self._x0 = torch.stack([validation.row(i, flip=False, noise=None) for i in range(count)])
+            self._labels = validation.labels[:count]
+            if accelerator.is_main_process:
+                self._file = open_rows(out / "validation.csv", VALIDATION_COLUMNS, run.step)
+        if recipe.trackers:
+            accelerator.init_trackers("upcycle", config=_flat(recipe.model_dump(mode="json")))
+
+    def track(self, row: dict[str, Any]) -> None:
+        """Hand a row of the log to the trackers of the recipe."""
+        if self._recipe.trackers:
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+            self._accelerator.log(numbers, step=row["step"])
+
+    def look(self, note: Callable[[str], None]) -> bool:
+        """Validate and draw where it is due; returns whether the run should end (early stopping)."""
+        step, preview = self._run.step, self._recipe.preview
+        validation = self._recipe.validation if self._x0 is not None else None
+        self.is_best = False
+        last = step == self._recipe.steps
+        if validation and (step % validation.every == 0 or last):
+            self._validate(note)
+        if preview and self._start is not None and (step % preview.every == 0 or last):
+            self._preview()
+        patience = validation.patience if validation else None
+        return patience is not None and self._run.since_best >= patience
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def _validate(self, note: Callable[[str], None]) -> None:
+        run = self._run
+        if self._teacher_loss is None:
+            self._teacher_loss = self._measure(self._teacher)
+        with run.averaged(self._student):
+            # Evaluation mode of the model that accelerate prepared: under FSDP that is the one to call.
+            self._model.eval()
+            ours = self._measure(self._model)
+        theirs = self._teacher_loss
+        self.is_best = run.best is None or ours.mean_loss < run.best["loss"]
+        if self.is_best:
+            run.best = {"step": run.step, "loss": ours.mean_loss}
+        run.since_best = 0 if self.is_best else run.since_best + 1
+        row = {
+            "step": run.step,
+            "student": ours.mean_loss,
+            "teacher": theirs.mean_loss,
+            "tokens_kept": ours.mean_tokens,
+        }
+        row |= {f"student_t{t}": ours.loss[t] for t in TIMESTEPS}
+        row |= {f"teacher_t{t}": theirs.loss[t] for t in TIMESTEPS}
+        row |= {f"tokens_t{t}": ours.tokens[t] for t in TIMESTEPS}
+        if self._accelerator.is_main_process:
+            csv.DictWriter(self._file, VALIDATION_COLUMNS).writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+            self._file.flush()
+        if self._recipe.trackers:
+            numbers = {f"validation/{key}": value for key, value in row.items() if key != "step"}
+            self._accelerator.log(numbers, step=run.step)
+        best = ", the best so far" if self.is_best else ""
+        note(f"step {run.step}: validation loss {ours.mean_loss:.4f}{best} (teacher {theirs.mean_loss:.4f})")
+
+    def _measure(self, model: torch.nn.Module) -> Validation:
+        a = self._accelerator
+        with a.autocast():
+            mine = validate(
+                model, self._x0, self._labels, self._alpha_bar, rank=a.process_index, ranks=a.num_processes
+            )  # fmt: skip
+        values = torch.tensor([*mine.loss.values(), *mine.tokens.values()], dtype=torch.float64, device=a.device)
+        both = a.reduce(values, reduction="mean").tolist()
+        return Validation(
+            dict(zip(TIMESTEPS, both, strict=False)), dict(zip(TIMESTEPS, both[len(TIMESTEPS) :], strict=True))
+        )
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    def _preview(self) -> None:
+        preview, run = self._recipe.preview, self._run
+        assert preview is not None
+        assert self._start is not None
+        vae, scheduler = load_vae_and_scheduler(str(self._start), self._start)
+        vae.to(self._accelerator.device)
+        if self._teacher_images is None:
+            clamp_null_class(self._teacher)
+            self._teacher_images = self._draw(self._teacher, vae, scheduler)
+        with run.averaged(self._student), _Trajectory(self._student, len(preview.labels), preview.steps) as seen:
+            self._student.eval()
+            images = self._draw(self._student, vae, scheduler)
+        if not self._accelerator.is_main_process:
+            return
+        folder = self._out / "previews"
+        folder.mkdir(exist_ok=True)
+        plots.side_by_side(
+            self._teacher_images,
+            images,
+            folder / f"samples-{run.step:07d}.png",
+            ("teacher", f"student, step {run.step}"),
+        )
+        x_t, probability, mask = (torch.stack(tensors, 1) for tensors in (seen.x_t, seen.probability, seen.mask))
+        plots.router_maps(x_t, probability, mask, seen.timesteps, folder / f"router-{run.step:07d}.png")
+
+    def _draw(self, transformer: torch.nn.Module, vae: torch.nn.Module, scheduler: Any) -> torch.Tensor:
+        preview = self._recipe.preview
+        assert preview is not None
+        pipe = DiTPipeline(transformer, vae.to(transformer.dtype), scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        seeds = [preview.seed + i for i in range(len(preview.labels))]
+        return draw(pipe, preview.labels, seeds, preview.steps, preview.guidance_scale).cpu()
+
+
+class _Trajectory:
+    """Records a few router decisions of a sampling run: lists over calls of x_t [n, C, H, W] and [n, H, W]."""
+
+    def __init__(self, student: torch.nn.Module, count: int, steps: int):
+        self.x_t: list[torch.Tensor] = []
+        self.probability: list[torch.Tensor] = []
+        self.mask: list[torch.Tensor] = []
+        self.timesteps: list[int] = []
+        self._student, self._count = student, min(count, 4)
+        self._wanted = {round(i * (steps - 1) / (MAPS - 1)) for i in range(MAPS)}
+        self._call = 0
+
+    def __enter__(self) -> "_Trajectory":
+        self._handle = self._student.register_forward_hook(self._look, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._handle.remove()
+
+    def _look(self, module, args, kwargs, output) -> None:
+        if self._call in self._wanted:
+            x_t = args[0][: self._count].cpu()
+            self.x_t.append(x_t)
+            for name in ("probability", "mask"):
+                getattr(self, name).append(
+                    getattr(output.routing, name)[: self._count].unflatten(1, x_t.shape[-2:]).cpu()
+                )
+            self.timesteps.append(int(kwargs["timestep"][0]))
+        self._call += 1
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """What trackers store as the configuration of a run: numbers, words, and the rest as text."""
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in options.items()}
