@@ -70,3 +70,23 @@ def bias_target(logit: torch.Tensor, bias: torch.Tensor, ratio: float) -> torch.
     free = (logit.float() - bias).flatten().sort().values
     cut = round(free.numel() * (1 - 1 / ratio))
     return -(free[cut - 1] + free[cut]) / 2
+
+
+def min_snr_weight(alpha_bar: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(snr, gamma) / snr, the min-SNR weight for epsilon prediction (arXiv 2303.09556): alpha_bar [B] -> [B]."""
+    return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+
+
+def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean over samples of weight [B] times each sample's MSE, a scalar; prediction and target [B, ...]."""
+    return (weight * (prediction - target).square().flatten(1).mean(1)).mean()
+
+
+def guided_target(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, channels: int) -> torch.Tensor:
+    """Classifier-free guidance of the teacher's outputs [B, O, H, W] for distillation, as `DiTPipeline` does it.
+
+    All ``channels`` of epsilon are guided; the learned sigma is the conditional one. Where the label is the null class
+    the two outputs are the same, and so is the target.
+    """
+    epsilon = unconditional[:, :channels] + scale * (conditional - unconditional)[:, :channels]
+    return torch.cat([epsilon, conditional[:, channels:]], dim=1)

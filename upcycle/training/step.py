@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel
 
@@ -167,12 +166,12 @@ class Updater:
         zero = 0 * sample.mean()  # every parameter gets a gradient, as DDP wants, whatever the losses are
         terms = dict.fromkeys(TERMS, zero)
         if weight.diffusion:
-            terms["diffusion"] = _mse(sample[:, :channels], batch.noise, per_sample)
+            terms["diffusion"] = losses.weighted_mse(sample[:, :channels], batch.noise, per_sample)
         if weight.variational and sample.shape[1] == 2 * channels:
             terms["variational"] = self.bound(sample, batch.x0, question.x_t, batch.timestep).mean()
         if weight.distill:
             assert question.answer is not None
-            terms["distill"] = _mse(sample, question.answer, per_sample)
+            terms["distill"] = losses.weighted_mse(sample, question.answer, per_sample)
         if recorder:
             terms["blocks"] = block_loss(recorder, routing, self.student)
         if weight.ratio and self.student.routing_module is not None:
@@ -246,11 +245,6 @@ class Updater:
             "skipped": self.run.skipped,
             "stop": stop,
         }
-
-
-def _mse(prediction: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """MSE with a weight per sample: [b, C, H, W] twice, [b] -> a scalar."""
-    return (weight * F.mse_loss(prediction, wanted, reduction="none").flatten(1).mean(1)).mean()
 
 
 def parts_of(student: ChunkedDiT, names: Sequence[str]) -> list[torch.nn.Module]:
