@@ -475,7 +475,7 @@ class Router(nn.Module):
         self.scorer = PredictabilityScorer(width, bottleneck) if kind == "predictability" else CosineScorer(width)
         self.condition = nn.Linear(condition_width, 2) if lean else None
         if lean:
-            self.gain = nn.Parameter(torch.zeros(()) if kind == "cosine" else torch.ones(()))
+            self.gain = nn.Parameter(torch.zeros(1) if kind == "cosine" else torch.ones(1))  # FSDP takes no scalars
             self.register_buffer("bias", torch.zeros(()))
 
     def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

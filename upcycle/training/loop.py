@@ -21,6 +21,7 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
 from upcycle.training import state
 from upcycle.training.data import Batch, Draws, LatentFolder, TensorData, batches
+from upcycle.training.fsdp import make_accelerator
 from upcycle.training.guard import Guard
 from upcycle.training.log import Log
 from upcycle.training.step import TERMS, Updater, parts_of
@@ -97,7 +98,7 @@ def train(
             whose loss or gradient is not finite, or no space for the last checkpoint.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    accelerator = Accelerator(
+    accelerator = make_accelerator(
         mixed_precision=recipe.mixed_precision, log_with=list(recipe.trackers) or None, project_dir=out
     )
     set_seed(recipe.seed)
@@ -158,7 +159,8 @@ def train(
     finally:
         if log:
             log.close(last=finished)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
     if recipe.export == "best" and run.best:
         state.load(accelerator, folder / f"step-{run.best['step']:07.0f}", run)

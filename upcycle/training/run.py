@@ -192,4 +192,5 @@ def finetune(
     if ranks().is_main_process:
         export_student(student, prepared.start, export)
     ranks().wait_for_everyone()
+    ranks().destroy_process_group()
     return export
