@@ -38,3 +38,27 @@ def make_accelerator(**options: Any) -> Accelerator:
         # accelerate shards on accelerators only; on CPUs it would train with DDP and not say so.
         state.distributed_type = DistributedType.MULTI_GPU
     return Accelerator(fsdp_plugin=plugin, **options)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP holds a share of every parameter on each rank."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Drop gathered weights: a forward without a backward leaves those outside the blocks behind, to be used again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter AdamW's state as it is before a first update.
+
+    Checkpoints of shards can be read only where all of it was written, and a stage may leave parts out.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": step, **moments}

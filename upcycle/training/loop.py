@@ -21,7 +21,7 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
 from upcycle.training import state
 from upcycle.training.data import Batch, Draws, LatentFolder, TensorData, batches
-from upcycle.training.fsdp import make_accelerator
+from upcycle.training.fsdp import fill_state, is_sharded, make_accelerator
 from upcycle.training.guard import Guard
 from upcycle.training.log import Log
 from upcycle.training.step import TERMS, Updater, parts_of
@@ -109,6 +109,8 @@ def train(
     teacher = place_teacher(teacher, recipe, accelerator.device)
     model, optimizer = accelerator.prepare(student, optimizer)
     student = accelerator.unwrap_model(model)
+    if is_sharded(student):
+        fill_state(optimizer)
     run = state.RunState(student, recipe.ema)
     state.register(accelerator)
     folder = out / "checkpoints"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,6 +19,7 @@ from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import disk_full
 from upcycle.recipe import Recipe
+from upcycle.training.fsdp import is_sharded, reshard
 
 # These may change between a run and its continuation.
 RESUMABLE_CHANGES = {
@@ -44,8 +46,7 @@ class RunState:
         self.pending: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
         self.since_best = 0
-        sharded = any(isinstance(parameter, DTensor) for parameter in student.parameters())
-        self.ema = EMAModel(student.parameters(), decay=decay, foreach=not sharded)
+        self.ema = EMAModel(student.parameters(), decay=decay, foreach=not is_sharded(student))
         bias = router_bias(student)
         self.ema_bias = None if bias is None else bias.detach().clone()
 
@@ -70,6 +71,7 @@ class RunState:
             student.guide = 0.0
             yield
         finally:
+            reshard(student)
             self.ema.restore(student.parameters())
             if bias is not None and before is not None:
                 bias.copy_(before)
@@ -188,7 +190,11 @@ def _to_disk(folder: Path) -> None:
 
 
 def load(accelerator: Accelerator, path: Path, run: RunState) -> None:
-    """Load one checkpoint; raises `UpcycleError` if it is damaged."""
+    """Load one checkpoint; raises `UpcycleError` if it is damaged, or of a run with FSDP where this one is without."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded != (path / "optimizer_0").is_dir():
+        how = ("without", "with") if sharded else ("with", "without")
+        raise UpcycleError(f"{path} was saved {how[0]} FSDP and this run is {how[1]} it; launch it as before")
     try:
         accelerator.load_state(str(path))
         run.load_state_dict(torch.load(path / "run.pt", map_location="cpu", weights_only=True))
