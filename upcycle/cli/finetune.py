@@ -16,7 +16,7 @@ EPILOG = """
 
 
 def finetune(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe; recipes/ holds examples.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, or the name of a shipped one (upcycle recipes).")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as losses.ratio=0.05.")
     ] = None,
@@ -25,8 +25,9 @@ def finetune(
 ) -> None:
     """Teach a converted model where tokens are needed; the result is an export like that of `convert`."""
     from upcycle.recipe import load_recipe
+    from upcycle.shipped import find_recipe
 
-    checked = load_recipe(recipe, set_ or [])
+    checked = load_recipe(find_recipe(recipe), set_ or [])
 
     from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout, working
 
