@@ -192,5 +192,4 @@ def finetune(
     if ranks().is_main_process:
         export_student(student, prepared.start, export)
     ranks().wait_for_everyone()
-    ranks().destroy_process_group()
     return export

@@ -137,9 +137,9 @@ class Updater:
         null = torch.full_like(batch.label, self.student.config.num_classes)
         x_t = question.x_t.to(self.teacher.dtype)
         with torch.inference_mode():
-            answer = self.teacher(x_t, batch.timestep, batch.label).sample.float()
+            answer = self.teacher(x_t, timestep=batch.timestep, class_labels=batch.label).sample.float()
             if guidance > 1:
-                unguided = self.teacher(x_t, batch.timestep, null).sample.float()
+                unguided = self.teacher(x_t, timestep=batch.timestep, class_labels=null).sample.float()
                 # Where the label was dropped both are the same, and so is their guided sum.
                 answer = losses.guided_target(answer, unguided, guidance, channels)
         question.answer = answer.clone()  # out of inference mode, so that losses can keep it
@@ -155,7 +155,8 @@ class Updater:
         with recorder or nullcontext():
             if recorder:
                 with torch.inference_mode():
-                    self.teacher(question.x_t.to(self.teacher.dtype), batch.timestep, batch.label)
+                    x_t = question.x_t.to(self.teacher.dtype)
+                    self.teacher(x_t, timestep=batch.timestep, class_labels=batch.label)
             with self.accelerator.autocast():
                 out = self.model(question.x_t, batch.timestep, batch.label, tail_drop=rho, guide=guide)
         sample, routing, channels = out.sample.float(), out.routing, c.in_channels
