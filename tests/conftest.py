@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,12 @@ def pipeline_dir(dit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "tiny-dit"
     tiny.save_pipeline(folder, dit)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny teacher and data for training runs (`runs`)."""
+    return runs.make_world(tmp_path_factory.mktemp("world"))
 
 
 def run(*arguments, env=None, cwd=None, check=True, timeout=300):

@@ -61,6 +61,14 @@ class Losses(_Strict):
     router: NonNegative = 0.5
     min_snr: Positive | None = None
 
+    @model_validator(mode="after")
+    def _used(self) -> "Losses":
+        if not any((self.diffusion, self.variational, self.distill, self.blocks, self.ratio, self.router)):
+            raise ValueError("every loss has weight 0, so nothing would train")
+        if self.min_snr is not None and not (self.diffusion or self.distill):
+            raise ValueError("min_snr weighs diffusion and distill, which are both 0; leave it out")
+        return self
+
 
 class Anneal(_Strict):
     """From the teacher's grid to the learned router: the guide k falls to 0 over the first ``until`` of the stage.
@@ -98,6 +106,12 @@ class Stage(_Strict):
     tail_drop: TailDrop = TailDrop()
     teacher_guidance: Annotated[float, Field(ge=1)] = 1.0
 
+    @model_validator(mode="after")
+    def _used(self) -> "Stage":
+        if self.teacher_guidance > 1 and not self.losses.distill:
+            raise ValueError("teacher_guidance is for the loss distill, whose weight is 0; leave it out")
+        return self
+
 
 class Optimizer(_Strict):
     """AdamW. ``router_lr_scale`` multiplies the learning rate of the router's parameters."""
@@ -111,8 +125,8 @@ class Optimizer(_Strict):
 class Validation(_Strict):
     """Validation loss of student and teacher on held-out ``data``, every so many steps, by noise level.
 
-    ``samples``: how many of them (the first ones), all by default. ``patience``: stop after so many validations without
-    a better one.
+    ``samples``: how many of them (spread evenly over the data), all by default. ``patience``: stop after so many
+    validations without a better one.
     """
 
     data: Text
@@ -226,7 +240,7 @@ def _parse_yaml(text: str, name: str) -> Any:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a YAML recipe; ``overrides`` are of the form "losses.ratio=0.05".
+    """Read and check a YAML recipe; ``overrides`` are of the form "optimizer.clip=0.5" or "stages.align.lr=0.001".
 
     Raises:
         UpcycleError: one line with every mistake in it; unknown keys come with the nearest right name.
@@ -239,11 +253,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UpcycleError(f"recipe {path} cannot be read: {error}") from error
     content = _parse_yaml(text, f"recipe {path}")
     if not isinstance(content, dict):
-        raise UpcycleError(f"recipe {path} must be a mapping of options such as 'steps: 1000'")
+        raise UpcycleError(f"recipe {path} must be a mapping of options such as 'batch_size: 256'")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UpcycleError(f"--set {override} is not of the form key=value, such as losses.ratio=0.05")
+            raise UpcycleError(f"--set {override} is not of the form key=value, such as optimizer.clip=0.5")
         _override(content, override, key.split("."), _parse_yaml(value, f"--set {override}"))
     return parse_recipe(content, str(path))
 
@@ -254,7 +268,7 @@ def _override(content: Any, override: str, path: list[str], value: Any) -> None:
     for key in path[:-1]:
         if isinstance(target, list):
             stages = {str(item.get("name")): item for item in target if isinstance(item, dict)}
-            found = stages.get(key) or dict(enumerate(target)).get(int(key) if key.isdigit() else -1)
+            found = stages.get(key) or dict(enumerate(target)).get(int(key) if key.isdecimal() else -1)
             if found is None:
                 raise UpcycleError(f"--set {override}: there is no stage {key}; there are {', '.join(stages)}")
             target = found
@@ -277,10 +291,11 @@ def parse_recipe(content: dict[str, Any], name: str) -> Recipe:
 def _describe(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _keys(error["loc"][:-1]), n=1, cutoff=0.5)
+        *group, key = error["loc"]
+        near = difflib.get_close_matches(str(key), _keys(group), n=1, cutoff=0.5)
         hint = f", did you mean '{near[0]}'?" if near else ""
-        if not near and len(error["loc"]) == 1 and where in Stage.model_fields:
-            hint = ", it belongs to a stage: stages: [{name: post-train, " + where + ": ...}]"
+        if key in Stage.model_fields and "stages" not in group:
+            hint = f", it belongs to a stage: stages: [{{name: post-train, {key}: ...}}]"
         return f"unknown key '{where}'{hint}"
     if error["type"] == "missing":
         return f"'{where}' is missing"
@@ -288,7 +303,7 @@ def _describe(error: Any) -> str:
     return f"'{where}' is {error['input']!r}: {message}" if where else message
 
 
-def _keys(path: tuple[Any, ...]) -> list[str]:
+def _keys(path: Sequence[Any]) -> list[str]:
     """Keys of the group of options at ``path``."""
     model: Any = Recipe
     for part in path:

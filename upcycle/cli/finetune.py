@@ -9,7 +9,7 @@ import typer
 EPILOG = """
 [bold]Examples[/bold]\n
   upcycle finetune recipes/digits.yaml\n
-  upcycle finetune recipes/xl4.yaml --set steps=1000 --set out=runs/try\n
+  upcycle finetune recipes/xl4.yaml --set stages.post-train.steps=1000 --set out=runs/try\n
   upcycle finetune recipes/xl4.yaml --resume\n
   accelerate launch --num_processes 8 -m upcycle finetune recipes/xl4.yaml\n
 """
@@ -18,7 +18,8 @@ EPILOG = """
 def finetune(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, or the name of a shipped one (upcycle recipes).")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as losses.ratio=0.05.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as stages.post-train.lr=0.001."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

@@ -20,7 +20,7 @@ def side_by_side(teacher: torch.Tensor, student: torch.Tensor, path: Path, capti
     n = len(teacher)
     columns = min(n, 10)
     rows = -(-n // columns)
-    figure = Figure(figsize=(columns * 0.9, rows * 2.1 + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(columns * 0.9, 4.5), rows * 2.1 + 0.5), layout="constrained")  # the title is long
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -36,13 +36,21 @@ def side_by_side(teacher: torch.Tensor, student: torch.Tensor, path: Path, capti
 
 
 def router_maps(
-    noisy: torch.Tensor, probability: torch.Tensor, mask: torch.Tensor, timesteps: list[int], path: Path
+    noisy: torch.Tensor,
+    probability: torch.Tensor,
+    mask: torch.Tensor,
+    timesteps: list[int],
+    path: Path,
+    subject: str = "real held-out samples",
 ) -> None:
-    """For each real sample a row of x_t and a row of what is kept, over the timesteps.
+    """For each sample a row of x_t and a row of what is kept, over the timesteps.
 
-    noisy: [samples, timesteps, channels, H, W] in the data's range; probability and mask: [samples, timesteps, H, W].
+    noisy: [samples, timesteps, channels, H, W] in the data's range; of latents the first three channels are shown.
+    probability and mask: [samples, timesteps, H, W].
     """
-    samples, steps = noisy.shape[:2]
+    samples, steps, channels = noisy.shape[:3]
+    name, limit = ("x_t", 1) if channels in (1, 3) else ("latent x_t", 2.5)
+    noisy = noisy[:, :, : 1 if channels < 3 else 3].float() / limit
     figure = Figure(figsize=(steps * 1.15 + 0.6, samples * 2.3 + 0.6), layout="constrained")
     axes = figure.subplots(2 * samples, steps, squeeze=False)
     for s in range(samples):
@@ -55,10 +63,10 @@ def router_maps(
             bottom.set_xlabel(f"{int(mask[s, k].sum())} kept", fontsize=8, color=INK)
             if s == 0:
                 top.set_title(f"t = {timesteps[k]}", fontsize=9, color=INK)
-        axes[2 * s, 0].set_ylabel("x_t", fontsize=9)
+        axes[2 * s, 0].set_ylabel(name, fontsize=9)
         axes[2 * s + 1, 0].set_ylabel("kept", fontsize=9)
     total = mask.shape[-1] * mask.shape[-2]
-    figure.suptitle(f"what the router keeps of {total} positions, real held-out samples", fontsize=10, color=INK)
+    figure.suptitle(f"what the router keeps of {total} positions, {subject}", fontsize=10, color=INK)
     figure.savefig(path, dpi=130)
 
 

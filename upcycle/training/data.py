@@ -174,7 +174,8 @@ def batches(draws: Draws, recipe: Recipe, first_step: int, rank: int, ranks: int
         num_workers=recipe.data_workers,
         collate_fn=_stack,
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # by default every start of a run would draw from the generator that is saved
     )
 
 
@@ -182,9 +183,10 @@ def _stack(items: list[Batch]) -> Batch:
     return Batch(**{name: torch.stack([getattr(item, name) for item in items]) for name in vars(items[0])})
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the run decides when its workers end."""
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process; the run decides when its workers end (by a SIGTERM too)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
 
 
 @lru_cache(2)

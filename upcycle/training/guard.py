@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
@@ -28,17 +29,15 @@ class Guard:
     def look(self, row: dict[str, Any], batch: Batch) -> Iterator[str]:
         """Notes on this step. Raises `UpcycleError` after ``max_skipped`` steps in a row that were not finite."""
         in_row = self._updater.run.skipped_in_row
-        if in_row:
-            where = self._explain(row, batch)
-            if in_row >= self._recipe.max_skipped:
-                kept = checkpoints(self._folder)
-                good = f"go on from {kept[-1]} with --resume" if kept else "start anew"
-                raise UpcycleError(
-                    f"{self._recipe.out}: {in_row} steps in a row were not finite, so the run stopped at step "
-                    f"{row['step']}: {where}; look for NaN in the data or lower lr, then {good}"
-                )
-            if in_row == 1:
-                yield f"warning: step {row['step']} is skipped: {where}"
+        if in_row >= self._recipe.max_skipped:
+            kept = checkpoints(self._folder)
+            good = f"go on from {kept[-1]} with --resume" if kept else "start anew (nothing is saved yet)"
+            raise UpcycleError(
+                f"{self._recipe.out}: {in_row} steps in a row were not finite, so the run stopped at step "
+                f"{row['step']}: {self._explain(row, batch)}; look for NaN in the data or lower lr, then {good}"
+            )
+        if in_row == 1:
+            yield f"warning: step {row['step']} is skipped: {self._explain(row, batch)}"
         yield from self._runaway(row)
 
     def _runaway(self, row: dict[str, Any]) -> Iterator[str]:
@@ -54,7 +53,10 @@ class Guard:
 
     @torch.no_grad()
     def _explain(self, row: dict[str, Any], batch: Batch) -> str:
-        """Which losses, timesteps and layer are not finite on this rank: one more forward, only when it is needed."""
+        """Which losses, timesteps and layer are not finite: one more forward, only when it is needed.
+
+        Call on every rank; all return what the first of them with a finding has found.
+        """
         terms = [name for name in ("loss", *TERMS) if not math.isfinite(row[name])]
         what = f"{', '.join(terms)} not finite" if terms else "the gradient is not finite"
         student, bad = self._updater.student, []
@@ -76,13 +78,18 @@ class Guard:
         finally:
             for handle in handles:
                 handle.remove()
+        mine = [self._found(batch, sample, bad)]
+        everyone = [finding for finding in gather_object(mine) if finding]
+        return f"{what}; {everyone[0] if everyone else 'the outputs of the student are finite'}"
+
+    @staticmethod
+    def _found(batch: Batch, sample: torch.Tensor, bad: list[str]) -> str:
         inputs = (~batch.x0.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if inputs:
-            return f"{what}; the data has NaN or infinite values in the samples at t={_some(batch.timestep, inputs)}"
+            return f"the data has NaN or infinite values in the samples at t={_some(batch.timestep, inputs)}"
         samples = (~sample.float().flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        where = f"first in layer {bad[0]}" if bad else "the student's output is finite"
-        at = f", at t={_some(batch.timestep, samples)}" if samples else ""
-        return f"{what}; {where}{at}"
+        where = f"first in layer {bad[0]}" if bad else ""
+        return f"{where}, at t={_some(batch.timestep, samples)}" if samples else where
 
 
 def _some(timestep: torch.Tensor, rows: list[int]) -> str:

@@ -19,7 +19,7 @@ from diffusers import DiTTransformer2DModel
 from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
-from upcycle.training import state
+from upcycle.training import schedule, state
 from upcycle.training.data import Batch, Draws, LatentFolder, TensorData, batches
 from upcycle.training.fsdp import fill_state, is_sharded, make_accelerator
 from upcycle.training.guard import Guard
@@ -87,15 +87,15 @@ def train(
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> ChunkedDiT:
-    """Run a recipe; returns a student with the averaged weights, on the CPU, in fp32, with the guide at 0.
+    """Run a recipe; returns a student with the averaged weights, on the CPU, in fp32, with the guide of the end.
 
-    Writes ``out/log.csv``, ``out/checkpoints`` and what `Watch` draws. ``start`` is the export that the student comes
+    Writes ``out/log.csv``, ``out/checkpoints`` and what `Watch` writes. ``start`` is the export that the student comes
     from (its VAE and scheduler draw previews). ``on_step`` gets the row of every step, ``on_note`` what a person should
     know, on the main rank.
 
     Raises:
-        UpcycleError: nothing to resume from, a checkpoint that is damaged or of another recipe, too many steps in a row
-            whose loss or gradient is not finite, or no space for the last checkpoint.
+        UpcycleError: a checkpoint that is damaged or of another recipe, too many steps in a row whose loss or gradient
+            is not finite, or no space for the checkpoint of an interrupted run.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     accelerator = make_accelerator(
@@ -114,8 +114,13 @@ def train(
     run = state.RunState(student, recipe.ema)
     state.register(accelerator)
     folder = out / "checkpoints"
+    note = on_note if accelerator.is_main_process else lambda text: None
     if resume:
-        state.load(accelerator, state.newest(folder, recipe), run)
+        checkpoint = state.newest(folder, recipe)
+        if checkpoint:
+            state.load(accelerator, checkpoint, run)
+        else:
+            note(f"no checkpoint in {folder} yet: the run starts anew")
 
     updater = Updater(recipe, accelerator, model, teacher, optimizer, run)
     guard = Guard(recipe, updater, folder)
@@ -129,48 +134,54 @@ def train(
         accelerator.num_processes,
         pin=accelerator.device.type == "cuda",
     )
-    note = on_note if accelerator.is_main_process else lambda text: None
     log = Log(out / "log.csv", COLUMNS, run, recipe.log_every) if accelerator.is_main_process else None
-    finished = False
+    steps = 0 if watch.ended else recipe.steps - run.step
     try:
         with _StopSignal() as stop:
             clock = time.perf_counter()
-            for batch, waited in _timed(iter(share), accelerator.device, recipe.steps - run.step):
+            for batch, waited in _timed(iter(share), accelerator.device, steps):
                 row = updater.update(batch, stop=stop.caught)
-                now = time.perf_counter()
-                row |= {"step_seconds": now - clock, "data_seconds": waited}
-                clock = now
+                row |= {"step_seconds": time.perf_counter() - clock, "data_seconds": waited}
+                mean = log.write(row) if log else None
                 for text in guard.look(row, batch):
                     note(text)
-                if log:
-                    mean = log.write(row)
-                    if mean:
-                        watch.track(mean)
                 on_step(row)
                 ended = watch.look(note)
                 last = run.step == recipe.steps or ended
                 stopped = row["stop"]
+                if last and log:
+                    mean = log.flush() or mean  # before the checkpoint, or a continued run would write it again
+                if mean:
+                    watch.track(mean)
                 if stopped or last or watch.is_best or run.step % recipe.save_every == 0:
-                    _save(accelerator, folder, recipe, run, note, must=stopped)
+                    _save(accelerator, folder, recipe, run, note, must=stopped and not last)
                 if ended:
                     note(f"stopped early at step {run.step}: {run.since_best} validations without a better one")
                     break
                 if stopped and not last:
                     raise Interrupted(run.step)
-        finished = True
+                clock = time.perf_counter()
+    except UpcycleError:
+        if log:
+            log.flush()  # what led to it; these steps are in no checkpoint
+        raise
     finally:
         if log:
-            log.close(last=finished)
+            log.close()
         for tracker in accelerator.trackers:
             tracker.finish()
 
     if recipe.export == "best" and run.best:
-        state.load(accelerator, folder / f"step-{run.best['step']:07.0f}", run)
+        best = folder / f"step-{run.best['step']:07.0f}"
+        if best.exists():
+            state.load(accelerator, best, run)
+        else:
+            note(f"warning: there was no space to save {best}, the best; the last weights are exported instead")
     weights = run.averaged_weights(student)
     result = ChunkedDiT.from_config(config)
     result.load_state_dict(weights)
-    result.guide = 0.0
-    result.register_to_config(guide=0.0)
+    result.guide = schedule.guide(recipe, recipe.steps, updater.start_guide)
+    result.register_to_config(guide=result.guide)
     return result.eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiTTransformer2DModel
 
@@ -18,14 +19,14 @@ from upcycle.graft.export import export_student
 from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher
 from upcycle.models.chunked_dit import ChunkedDiT
-from upcycle.output import check_output, write_text
+from upcycle.output import check_output, disk_full, write_text
 from upcycle.recipe import Recipe
 from upcycle.sources import DiTConfig, Source, open_source
 from upcycle.sources.weight_files import read_json
 from upcycle.training.data import LatentFolder, TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
-from upcycle.training.state import checkpoints, newest
+from upcycle.training.state import checkpoints, clean, newest
 
 
 @dataclass
@@ -71,9 +72,10 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"out {out} is a file; choose another 'out'")
     check_output(out / "export", force=True, keep=(start,))
-    if resume:
-        newest(out / "checkpoints", recipe)
-    elif checkpoints(out / "checkpoints"):
+    begun = newest(out / "checkpoints", recipe) if resume else None
+    if resume and not out.exists():
+        raise UpcycleError(f"{out} does not exist, so there is no checkpoint to resume from; run without --resume")
+    if not resume and checkpoints(out / "checkpoints"):
         raise UpcycleError(f"{out} holds a run already; continue it with --resume, or choose another 'out'")
     source = open_teacher(recipe)
     c = source.config
@@ -83,7 +85,8 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     if recipe.preview:
         _check_preview(recipe, source)
     _check_sigma(recipe, c)
-    if recipe.student is None and not resume:
+    _check_trackers(recipe)
+    if recipe.student is None and not begun:
         if ranks().is_main_process:
             options = Options(**recipe.convert.model_dump(), seed=recipe.seed)
             convert(make_plan(source, options), start, force=True)
@@ -127,6 +130,12 @@ def _check_preview(recipe: Recipe, source: Source) -> None:
         raise UpcycleError(
             f"preview.labels {recipe.preview.labels} go beyond the teacher's classes 0..{source.config.num_classes - 1}"
         )
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    for name in recipe.trackers:
+        if name not in get_available_trackers():
+            raise UpcycleError(f"trackers: the package of {name} is not installed; pip install {name}, or leave it out")
 
 
 def _check_batch(recipe: Recipe, number: int) -> None:
@@ -175,19 +184,25 @@ def finetune(
     recipe, out = prepared.recipe, prepared.out
     out.mkdir(parents=True, exist_ok=True)
     if ranks().is_main_process:
+        clean(out)
         write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    student = train(
-        recipe,
-        prepared.student,
-        prepared.teacher,
-        prepared.data,
-        out,
-        validation=prepared.validation,
-        start=prepared.start,
-        resume=resume,
-        on_step=on_step,
-        on_note=on_note,
-    )
+    try:
+        student = train(
+            recipe,
+            prepared.student,
+            prepared.teacher,
+            prepared.data,
+            out,
+            validation=prepared.validation,
+            start=prepared.start,
+            resume=resume,
+            on_step=on_step,
+            on_note=on_note,
+        )
+    except OSError as error:
+        if disk_full(error):
+            raise UpcycleError(f"{out}: no space left; make room, then go on with --resume") from error
+        raise
     export = out / "export"
     if ranks().is_main_process:
         export_student(student, prepared.start, export)

@@ -23,7 +23,8 @@ from upcycle.training.fsdp import is_sharded, reshard
 
 # These may change between a run and its continuation.
 RESUMABLE_CHANGES = {
-    "out", "log_every", "save_every", "keep_checkpoints", "data_workers", "max_skipped", "trackers", "preview",
+    "out", "export", "log_every", "save_every", "keep_checkpoints", "data_workers", "max_skipped", "preview",
+    "trackers",
 }  # fmt: skip
 
 
@@ -58,24 +59,25 @@ class RunState:
             self.ema_bias.lerp_(bias, 1 - self.ema.cur_decay_value)
 
     @contextmanager
-    def averaged(self, student: ChunkedDiT) -> Iterator[None]:
-        """The student with its averaged weights, in eval mode with the guide at 0, while the block runs."""
+    def averaged(self, student: ChunkedDiT, guide: float) -> Iterator[None]:
+        """The student with its averaged weights, in eval mode with the given guide, while the block runs."""
         bias = router_bias(student)
         before = None if bias is None else bias.detach().clone()
-        guide, training = student.guide, student.training
+        own_guide, training = student.guide, student.training
         self.ema.store(student.parameters())
         try:
             self.ema.copy_to(student.parameters())
             if bias is not None and self.ema_bias is not None:
                 bias.copy_(self.ema_bias)
-            student.guide = 0.0
+            student.guide = guide
+            student.eval()
             yield
         finally:
             reshard(student)
             self.ema.restore(student.parameters())
             if bias is not None and before is not None:
                 bias.copy_(before)
-            student.guide = guide
+            student.guide = own_guide
             student.train(training)
 
     def averaged_weights(self, student: ChunkedDiT) -> dict[str, torch.Tensor]:
@@ -156,13 +158,14 @@ def save(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) 
     everywhere = accelerator.reduce(torch.tensor(float(complete), device=accelerator.device), reduction="mean")
     complete = everywhere.item() == 1
     if main and complete:
-        _to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        _to_disk(*partial.rglob("*"), partial)
+        _remove(final)
         partial.rename(final)
+        _to_disk(folder)
         kept = {f"step-{run.best['step']:07.0f}"} if run.best else set()
         for old in checkpoints(folder)[: -recipe.keep_checkpoints]:
             if old.name not in kept:
-                shutil.rmtree(old)
+                _remove(old)
     elif main:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -179,9 +182,27 @@ def _enough_space(write: Callable[[], Any]) -> bool:
     return True
 
 
-def _to_disk(folder: Path) -> None:
-    """Flush a folder, so that not even a power cut leaves a named checkpoint without its content."""
-    for path in (*folder.rglob("*"), folder):
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a kill meanwhile leaves nothing that looks like one."""
+    if checkpoint.exists():
+        old = checkpoint.with_name(f".old-{checkpoint.name}")
+        checkpoint.rename(old)
+        shutil.rmtree(old)
+
+
+def clean(out: Path) -> None:
+    """Remove what a kill left half-written or half-deleted in the folder of a run."""
+    for pattern in (".*.partial-*", ".*.replaced-*", "checkpoints/.partial-*", "checkpoints/.old-*"):
+        for path in out.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _to_disk(*paths: Path) -> None:
+    """Flush files and folders, so that not even a power cut leaves a named checkpoint without its content."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -209,19 +230,22 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def newest(folder: Path, recipe: Recipe) -> Path:
-    """The newest checkpoint; raises `UpcycleError` where there is none, it is damaged or another recipe's."""
+def newest(folder: Path, recipe: Recipe) -> Path | None:
+    """The newest checkpoint, None where there is none; raises `UpcycleError` if it is damaged or another recipe's."""
     found = checkpoints(folder)
     if not found:
-        raise UpcycleError(f"{folder} holds no checkpoint to resume from; run without --resume")
+        return None
     try:
         theirs = _flat(json.loads((found[-1] / "recipe.json").read_text()))
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(found[-1], error) from error
     ours = _flat(json.loads(recipe.model_dump_json()))
+    keys = dict.fromkeys((*ours, *theirs))
+    if ours["stages"] != theirs.get("stages"):  # names enough
+        keys = dict.fromkeys(key for key in keys if not key.startswith("stages."))
     changed = [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
-        for key in dict.fromkeys((*ours, *theirs))
+        for key in keys
         if key.partition(".")[0] not in RESUMABLE_CHANGES and theirs.get(key) != ours.get(key)
     ]
     if changed:
@@ -239,12 +263,13 @@ def _damaged(path: Path, error: Exception) -> UpcycleError:
 
 
 def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested options -> {"stages.align.lr": ...}; the stages under their names."""
+    """Nested options -> {"stages": ["align"], "stages.align.lr": ...}; the stages under their names."""
+    flat: dict[str, Any] = {}
     if isinstance(options, list) and options and isinstance(options[0], dict):
         options = {item["name"]: item for item in options}
+        flat[prefix.removesuffix(".")] = list(options)
     if not isinstance(options, dict):
         return {prefix.removesuffix("."): options}
-    flat: dict[str, Any] = {}
     for key, value in options.items():
         flat |= _flat(value, f"{prefix}{key}.")
     return flat

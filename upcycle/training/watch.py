@@ -1,6 +1,6 @@
 """Watching a run: validation loss beside the teacher's, sample grids, router maps, trackers."""
 
-import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,16 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
+from upcycle.errors import UpcycleError
 from upcycle.evaluation import plots
 from upcycle.evaluation.validation import TIMESTEPS, Validation, validate
+from upcycle.output import disk_full
 from upcycle.recipe import Recipe
 from upcycle.sampling.draw import clamp_null_class, draw
 from upcycle.sampling.pipeline import load_vae_and_scheduler
+from upcycle.training import schedule
 from upcycle.training.data import LatentFolder, TensorData
-from upcycle.training.log import open_rows
+from upcycle.training.log import Rows
 from upcycle.training.state import RunState
 
 VALIDATION_COLUMNS = (
@@ -45,6 +48,7 @@ class Watch:
         self._recipe, self._accelerator, self._teacher, self._run = recipe, accelerator, teacher, run
         self._model, self._student = model, accelerator.unwrap_model(model)
         self._start, self._out = start, out
+        self._guide = schedule.guide(recipe, recipe.steps, self._student.guide)  # of the export
         self.is_best = False
         self._teacher_loss: Validation | None = None
         self._teacher_images: torch.Tensor | None = None
@@ -53,12 +57,16 @@ class Watch:
         self._x0: torch.Tensor | None = None
         if validation is not None and recipe.validation is not None:
             count = min(len(validation), recipe.validation.samples or len(validation))
-            self._x0 = torch.stack([validation.row(i, flip=False, noise=None) for i in range(count)])
-            self._labels = validation.labels[:count]
+            rows = [i * len(validation) // count for i in range(count)]  # folders are sorted by class
+            self._x0 = torch.stack([validation.row(i, flip=False, noise=None) for i in rows])
+            self._labels = validation.labels[rows]
             if accelerator.is_main_process:
-                self._file = open_rows(out / "validation.csv", VALIDATION_COLUMNS, run.step)
+                self._rows = Rows(out / "validation.csv", VALIDATION_COLUMNS, run.step)
         if recipe.trackers:
-            accelerator.init_trackers("upcycle", config=_flat(recipe.model_dump(mode="json")))
+            try:
+                accelerator.init_trackers("upcycle", config=_flat(recipe.model_dump(mode="json")))
+            except Exception as error:  # each has its own: not logged in, no network
+                raise UpcycleError(f"trackers {', '.join(recipe.trackers)} cannot start: {error}") from error
 
     def track(self, row: dict[str, Any]) -> None:
         """Hand a row of the log to the trackers of the recipe."""
@@ -75,7 +83,18 @@ class Watch:
         if validation and (step % validation.every == 0 or last):
             self._validate(note)
         if preview and self._start is not None and (step % preview.every == 0 or last):
-            self._preview()
+            try:
+                self._preview()
+            except Exception as error:
+                if not disk_full(error):
+                    raise
+                note(f"warning: no space left for the preview of step {step}")
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run should end before its last step: validation is patient no longer."""
+        validation = self._recipe.validation if self._x0 is not None else None
         patience = validation.patience if validation else None
         return patience is not None and self._run.since_best >= patience
 
@@ -85,12 +104,11 @@ class Watch:
         run = self._run
         if self._teacher_loss is None:
             self._teacher_loss = self._measure(self._teacher)
-        with run.averaged(self._student):
-            # Evaluation mode of the model that accelerate prepared: under FSDP that is the one to call.
-            self._model.eval()
-            ours = self._measure(self._model)
+        with run.averaged(self._student, self._guide):
+            ours = self._measure(self._model)  # what accelerate prepared: under FSDP that is the one to call
         theirs = self._teacher_loss
-        self.is_best = run.best is None or ours.mean_loss < run.best["loss"]
+        # A loss of nan is no best: nothing would be less.
+        self.is_best = ours.mean_loss < (run.best["loss"] if run.best else math.inf)
         if self.is_best:
             run.best = {"step": run.step, "loss": ours.mean_loss}
         run.since_best = 0 if self.is_best else run.since_best + 1
@@ -104,10 +122,7 @@ class Watch:
         row |= {f"teacher_t{t}": theirs.loss[t] for t in TIMESTEPS}
         row |= {f"tokens_t{t}": ours.tokens[t] for t in TIMESTEPS}
         if self._accelerator.is_main_process:
-            csv.DictWriter(self._file, VALIDATION_COLUMNS).writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
-            self._file.flush()
+            self._rows.write(row)
         if self._recipe.trackers:
             numbers = {f"validation/{key}": value for key, value in row.items() if key != "step"}
             self._accelerator.log(numbers, step=run.step)
@@ -137,8 +152,8 @@ class Watch:
         if self._teacher_images is None:
             clamp_null_class(self._teacher)
             self._teacher_images = self._draw(self._teacher, vae, scheduler)
-        with run.averaged(self._student), _Trajectory(self._student, len(preview.labels), preview.steps) as seen:
-            self._student.eval()
+        trajectory = _Trajectory(self._student, len(preview.labels), preview.steps)
+        with run.averaged(self._student, self._guide), trajectory as seen:
             images = self._draw(self._student, vae, scheduler)
         if not self._accelerator.is_main_process:
             return
@@ -151,7 +166,8 @@ class Watch:
             ("teacher", f"student, step {run.step}"),
         )
         x_t, probability, mask = (torch.stack(tensors, 1) for tensors in (seen.x_t, seen.probability, seen.mask))
-        plots.router_maps(x_t, probability, mask, seen.timesteps, folder / f"router-{run.step:07d}.png")
+        path = folder / f"router-{run.step:07d}.png"
+        plots.router_maps(x_t, probability, mask, seen.timesteps, path, f"while sampling at step {run.step}")
 
     def _draw(self, transformer: torch.nn.Module, vae: torch.nn.Module, scheduler: Any) -> torch.Tensor:
         preview = self._recipe.preview
