@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from upcycle.graft.convert import convert
 from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher, measure_difference
-from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.models.chunked_dit import ChunkedDiT, Routing, teacher_grid
 from upcycle.sources import open_source
 from upcycle.training.digits import TEACHER, load_digits
 
@@ -264,3 +264,31 @@ def test_a_nan_student_is_not_called_equal(student, dit):
 def test_stock_class_is_what_was_compared(dit):
     assert type(dit) is DiTTransformer2DModel
     assert run("--version").stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "bounds"),
+    [("add", {250: 5e-3, 550: 5e-4, 950: 1e-5}), ("remove", {250: 6e-2, 550: 3e-3, 950: 1e-4})],
+)
+def test_untrained_graft_bears_another_mask(tmp_path, monkeypatch, change, bounds):
+    """Tokens beside the grid, or fewer of them, cost little before any training, least at high noise.
+
+    What a token says of its input must be read in terms of that input: it holds what its cell holds, not its window.
+    """
+    teacher, student = load_teacher(open_source(str(TEACHER))), graft(TEACHER, tmp_path / "student")
+    images, labels = load_digits("val")
+    x0, y = images[:32], labels[:32]
+    generator = torch.Generator().manual_seed(0)
+    grid = teacher_grid(16, 16, 2, torch.device("cpu"))
+    picked = torch.rand(32, 256, generator=generator)
+    mask = grid | (picked < 0.1) if change == "add" else grid & (picked > 0.3)
+    mask[:, 0] = True
+    routing = Routing(mask.float(), mask.float(), mask, mask, mask.float())
+    monkeypatch.setattr(student, "route", lambda *arguments: routing)
+    for t, bound in bounds.items():
+        alpha = student.alpha_bar(torch.tensor([t]))
+        x_t = alpha.sqrt() * x0 + (1 - alpha).sqrt() * torch.randn(x0.shape, generator=generator)
+        timestep = torch.full((32,), t)
+        with torch.inference_mode():
+            theirs, ours = teacher(x_t, timestep, y).sample[:, :1], student(x_t, timestep, y).sample[:, :1]
+        assert (ours - theirs).square().mean() < bound, t

@@ -387,6 +387,23 @@ def gather_tokens(x_BLD: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x_BLD.gather(1, index[:, :, None].expand(-1, -1, x_BLD.shape[-1]))
 
 
+def overlap_add(
+    entries: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add tokens' p x p entries up where their windows lie, and count the windows of each position.
+
+    entries [B, M, p*p, O], index int64 and valid bool [B, M] -> sum [B, L, O] and count [B, L, 1]. What reaches beyond
+    the border is cut off.
+    """
+    (height, width), patch = grid, math.isqrt(entries.shape[2])
+    counted = F.pad(entries, (0, 1), value=1.0) * valid[..., None, None]
+    where = index[..., None].expand(-1, -1, counted[0, 0].numel())
+    plane = counted.new_zeros(len(counted), height * width, where.shape[-1]).scatter_add_(1, where, counted.flatten(2))
+    plane = plane.unflatten(-1, counted.shape[2:]).permute(0, 3, 2, 1).flatten(1, 2)
+    out = F.fold(plane, (height + patch - 1, width + patch - 1), patch)[..., :height, :width].flatten(2).transpose(1, 2)
+    return out[..., :-1], out[..., -1:]
+
+
 def smooth(
     h_BMD: torch.Tensor,
     p_BM: torch.Tensor,
@@ -818,7 +835,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         shift, scale = self.proj_out_1(conditions[0])[:, None].chunk(2, dim=-1)
         entries = self.proj_out_2(tokens * (1 + scale) + shift).unflatten(-1, (patch**2, c.out_channels))
-        base, geometry = self._dechunk(entries, tokens, x, index, owner, owner_slot, timestep, grid)
+        # The token spoke of its input after the move towards the cell: the same x0 estimate, in terms of x_t itself.
+        noise = (1 - self.alpha_bar(timestep)).sqrt()[:, None, None]
+        entries = entries.float() - F.pad(cells / noise, (0, c.out_channels - c.in_channels))[:, :, None]
+        base, geometry = self._dechunk(entries, tokens, x, index, valid, owner, owner_slot, timestep, grid)
 
         # Correction: decoder over smoothed, plugged-back features; its last layer starts at zero.
         p = routing.probability.gather(1, index)
@@ -835,7 +855,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         """How far a token's input moves from its window towards its cell: k (mean over cell - mean over window).
 
         k = sigma^2 / (sigma^2 + 10 alpha_bar Var_cell(x0)), the variance estimated from x_t; fp32 [B, M, C]. Exactly
-        zero where the cell is the window.
+        zero where the cell has no position outside of the window, which then tells all there is to tell.
         """
         batch, channels, height, width = x.shape
         patch, longest = self.config.patch_size, index.shape[1]
@@ -857,27 +877,25 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         covered = (position // width - row < patch) & (position // width >= row)
         covered &= (position % width - column < patch) & (position % width >= column)
         stray = torch.zeros_like(mean[..., 0]).scatter_add_(1, owner_slot, (~covered).float())
-        window_size = (height - index // width).clamp(max=patch) * (width - index % width).clamp(max=patch)
-        same = (stray == 0) & (n[..., 0] == window_size)
-        return torch.where(same[..., None], 0.0, k[..., None] * (mean - window_mean))
+        return torch.where(stray[..., None] == 0, 0.0, k[..., None] * (mean - window_mean))
 
-    def _dechunk(self, entries, tokens, x, index, owner, owner_slot, timestep, grid):
+    def _dechunk(self, entries, tokens, x, index, valid, owner, owner_slot, timestep, grid):
         """Plug the tokens' p x p entries back onto the grid, filling uncovered positions in x0 space.
 
-        entries [B, M, p*p, O] -> base fp32 [B, O, H, W] and geometry (coverage, row offset, column offset) fp32
-        [B, 3, H, W]. Neighbouring pixels share their image, not their noise: an uncovered position takes the x0
-        estimate of the nearest entry of its token, and its epsilon follows from its own x_t.
+        entries fp32 [B, M, p*p, O] -> base fp32 [B, O, H, W] and geometry (coverage, row offset, column offset) fp32
+        [B, 3, H, W]. Where windows overlap a position takes the mean of their entries. Neighbouring pixels share their
+        image, not their noise: an uncovered position takes the x0 estimate of the nearest entry of its token, and its
+        epsilon follows from its own x_t.
         """
         c = self.config
         (height, width), patch, channels = grid, c.patch_size, c.in_channels
         position = torch.arange(height * width, device=x.device)
         d_row, d_column = position // width - owner // width, position % width - owner % width
         e_row, e_column = d_row.clamp(0, patch - 1), d_column.clamp(0, patch - 1)
-        covered = (d_row == e_row) & (d_column == e_column)
-
         entry = owner_slot * patch**2 + e_row * patch + e_column
-        entries = entries.float()
-        base = gather_tokens(entries.flatten(1, 2), entry)
+        total, windows = overlap_add(entries, index, valid, grid)
+        covered = windows > 0
+        base = torch.where(covered, total / windows.clamp(min=1), gather_tokens(entries.flatten(1, 2), entry))
 
         alpha = self.alpha_bar(timestep)[:, None, None]
         noise, signal = 1 - alpha, alpha.sqrt()
@@ -904,8 +922,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
         fill = noise.sqrt() * (pixels - signal * x0) / (noise + alpha * v)
         fill = torch.cat([fill, base[..., channels:]], dim=-1)
-        base = torch.where(covered[..., None], base, fill)
-        geometry = torch.stack([covered.float(), d_row.float() / patch, d_column.float() / patch], dim=1)
+        base = torch.where(covered, base, fill)
+        geometry = torch.stack([covered[..., 0].float(), d_row.float() / patch, d_column.float() / patch], dim=1)
         return base.transpose(1, 2).unflatten(2, grid), geometry.unflatten(2, grid)
 
     def _forward_paper(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
