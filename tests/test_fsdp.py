@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 from conftest import ROOT
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -75,7 +74,6 @@ def main(folder: Path) -> None:
     ranks().wait_for_everyone()
     finetune(prepare(recipe(folder / "resumed"), resume=True), resume=True)
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     seen, rounded, convolve = set(), set(), Conv2dFP32.forward
 
     def look(module, x):

@@ -1,10 +1,11 @@
 """Fully sharded data parallelism (FSDP2) through accelerate: what this model needs beyond a flag of the launcher."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -19,22 +20,24 @@ def make_accelerator(**options: Any) -> Accelerator:
     Raises:
         UpcycleError: FSDP 1, or options of the launcher that do not fit.
     """
+    AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return Accelerator(**options)
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UpcycleError("FSDP 1 does not fit this model; add --fsdp_version 2 to accelerate launch")
+    if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UpcycleError("FSDP is to checkpoint activations; leave it to gradient_checkpointing of the recipe")
     # The launcher's defaults would cast every parameter to bf16, the router's too, and make only rank 0 hold weights,
     # which fails at the router's bias (a buffer). Autocast does the mixed precision instead, as without FSDP.
     plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=list(ChunkedDiT._no_split_modules),
         mixed_precision_policy=MixedPrecisionPolicy(),
         cpu_ram_efficient_loading=False,
     )
-    if plugin.fsdp_version != 2:
-        raise UpcycleError("FSDP 1 does not fit this model; add --fsdp_version 2 to accelerate launch")
-    if plugin.activation_checkpointing:
-        raise UpcycleError("FSDP's activation checkpointing is not used; set gradient_checkpointing: true in the recipe")
     state = PartialState()
-    if state.distributed_type == DistributedType.MULTI_CPU:
+    if state.device.type == "cpu" and state.distributed_type != DistributedType.NO:
         # accelerate shards on accelerators only; on CPUs it would train with DDP and not say so.
         state.distributed_type = DistributedType.MULTI_GPU
     return Accelerator(fsdp_plugin=plugin, **options)
