@@ -1,21 +1,20 @@
-"""Training data: shards of clean samples with labels, and the order in which a run meets them."""
+"""Training data, and the order in which a run meets it."""
 
 import hashlib
 import itertools
 import signal
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from upcycle.errors import UpcycleError
+from upcycle.latents.reader import LatentFolder
 from upcycle.recipe import Recipe
+from upcycle.sources import DiTConfig
 from upcycle.training.digits import load_digits
 
 
@@ -35,68 +34,21 @@ class TensorData:
         """A sample, fp32 [C, H, W]; these have neither flips nor a posterior."""
         return self.x0[index].float()
 
-
-class LatentFolder:
-    """Safetensors shards with ``z0`` [n, C, H, W] and ``label`` [n]; rows are read when they are asked for."""
-
-    flips = has_posterior = False
-
-    def __init__(self, folder: Path):
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise UpcycleError(f"data {folder} holds no *.safetensors shards with z0 and label")
-        self._files, lengths, shapes, labels = [], [], set(), []
-        for path in paths:
-            try:
-                file = safe_open(path, "pt")
-                missing = {"z0", "label"} - set(file.keys())
-                if missing:
-                    raise UpcycleError(f"data {path} lacks the tensor {' and '.join(sorted(missing))}")
-                shape = file.get_slice("z0").get_shape()
-                label = file.get_tensor("label")
-            except (SafetensorError, OSError) as error:
-                raise UpcycleError(f"data {path} is not a readable safetensors file: {error}") from error
-            _check_shard(path, shape, label)
-            labels.append(label.long())
-            self._files.append(file)
-            lengths.append(shape[0])
-            shapes.add(tuple(shape[1:]))
-        if len(shapes) > 1:
-            raise UpcycleError(f"data {folder} mixes sample shapes {sorted(shapes)}; one run needs one shape")
-        self.sample_shape = shapes.pop()
-        self.labels = torch.cat(labels)
-        self._ends = list(accumulate(lengths))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def row(self, index: int, *, flip: bool, noise: torch.Tensor | None) -> torch.Tensor:
-        """A sample, fp32 [C, H, W]; these have neither flips nor a posterior."""
-        shard = bisect_right(self._ends, index)
-        start = self._ends[shard - 1] if shard else 0
-        return self._files[shard].get_slice("z0")[index - start].float()
-
-
-def _check_shard(path: Path, shape: list[int], label: torch.Tensor) -> None:
-    if len(shape) != 4 or 0 in shape:
-        raise UpcycleError(
-            f"data {path} has z0 of shape {list(shape)}; it must be [N, C, H, W] with at least one sample"
-        )
-    if label.dim() != 1 or label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
-        kind = str(label.dtype).removeprefix("torch.")
-        raise UpcycleError(f"data {path} has label of {kind} {list(label.shape)}; it must be whole numbers, [N]")
-    if len(label) != shape[0]:
-        raise UpcycleError(f"data {path} has {shape[0]} samples and {len(label)} labels; write one label a sample")
+    def check_fits(self, config: DiTConfig, vae_config: Mapping[str, Any] | None = None) -> None:
+        """Raise `UpcycleError` unless a teacher can be trained on these samples, as `LatentFolder.check_fits` does."""
+        expected = (config.in_channels, config.sample_size, config.sample_size)
+        if self.sample_shape != expected or int(self.labels.max()) >= config.num_classes:
+            raise UpcycleError(
+                f"data 'digits' has samples of {list(self.sample_shape)} in {int(self.labels.max()) + 1} classes and "
+                f"the teacher takes {list(expected)} in {config.num_classes}; choose other data"
+            )
 
 
 def open_data(spec: str) -> TensorData | LatentFolder:
     """The data of a recipe: ``digits`` or ``digits-val`` (the shipped splits), or a folder of shards."""
     if spec in ("digits", "digits-val"):
         return TensorData(*load_digits("val" if spec == "digits-val" else "train"))
-    folder = Path(spec)
-    if not folder.is_dir():
-        raise UpcycleError(f"data {spec} is neither 'digits' nor a folder of *.safetensors shards with z0 and label")
-    return LatentFolder(folder)
+    return LatentFolder(spec)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel
 
 from upcycle.errors import UpcycleError
+from upcycle.latents.reader import LatentFolder
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
 from upcycle.training import schedule, state
-from upcycle.training.data import Batch, Draws, LatentFolder, TensorData, batches
+from upcycle.training.data import Batch, Draws, TensorData, batches
 from upcycle.training.fsdp import fill_state, is_sharded, make_accelerator
 from upcycle.training.guard import Guard
 from upcycle.training.log import Log

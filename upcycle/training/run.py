@@ -18,12 +18,13 @@ from upcycle.graft.convert import convert
 from upcycle.graft.export import export_student
 from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher
+from upcycle.latents.reader import LatentFolder
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import check_output, disk_full, write_text
 from upcycle.recipe import Recipe
 from upcycle.sources import DiTConfig, Source, open_source
 from upcycle.sources.weight_files import read_json
-from upcycle.training.data import LatentFolder, TensorData, open_data
+from upcycle.training.data import TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
 from upcycle.training.state import checkpoints, clean, newest
@@ -80,8 +81,8 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     source = open_teacher(recipe)
     c = source.config
     assert isinstance(c, DiTConfig)
-    data = _open_data("data", recipe.data, source)
-    validation = _open_data("validation.data", recipe.validation.data, source) if recipe.validation else None
+    data = _open_data(recipe.data, source)
+    validation = _open_data(recipe.validation.data, source) if recipe.validation else None
     if recipe.preview:
         _check_preview(recipe, source)
     _check_sigma(recipe, c)
@@ -95,17 +96,11 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation)
 
 
-def _open_data(key: str, spec: str, source: Source) -> TensorData | LatentFolder:
-    """Data that fits the teacher; raises `UpcycleError` that names the recipe's ``key``."""
-    data, c = open_data(spec), source.config
-    assert isinstance(c, DiTConfig)
-    expected = (c.in_channels, c.sample_size, c.sample_size)
-    if data.sample_shape != expected:
-        raise UpcycleError(
-            f"{key} {spec} has samples of {list(data.sample_shape)} and the teacher takes {list(expected)}"
-        )
-    if data.labels.min() < 0 or data.labels.max() >= c.num_classes:
-        raise UpcycleError(f"{key} {spec} has labels outside 0..{c.num_classes - 1}, the teacher's classes")
+def _open_data(spec: str, source: Source) -> TensorData | LatentFolder:
+    """Data that fits the teacher and its VAE; raises `UpcycleError` where it does not."""
+    assert isinstance(source.config, DiTConfig)
+    data, vae = open_data(spec), source.components.get("vae")
+    data.check_fits(source.config, read_json(source.spec, vae / "config.json") if vae else None)
     return data
 
 
@@ -124,8 +119,11 @@ def _check_sigma(recipe: Recipe, teacher: DiTConfig) -> None:
 def _check_preview(recipe: Recipe, source: Source) -> None:
     assert recipe.preview is not None
     assert isinstance(source.config, DiTConfig)
-    if recipe.student is None and not {"vae", "scheduler"} <= source.components.keys():
+    needed = {"vae", "scheduler"}
+    if recipe.student is None and not needed <= source.components.keys():
         raise UpcycleError(f"preview needs a VAE and teacher {recipe.teacher} has none; add one with 'vae'")
+    if recipe.student is not None and not all((Path(recipe.student) / name).is_dir() for name in needed):
+        raise UpcycleError(f"preview needs a VAE and student {recipe.student} has none; convert it with one (--vae)")
     if max(recipe.preview.labels, default=0) >= source.config.num_classes:
         raise UpcycleError(
             f"preview.labels {recipe.preview.labels} go beyond the teacher's classes 0..{source.config.num_classes - 1}"
@@ -133,8 +131,9 @@ def _check_preview(recipe: Recipe, source: Source) -> None:
 
 
 def _check_trackers(recipe: Recipe) -> None:
+    installed = {str(kind) for kind in get_available_trackers()}
     for name in recipe.trackers:
-        if name not in get_available_trackers():
+        if name not in installed:
             raise UpcycleError(f"trackers: the package of {name} is not installed; pip install {name}, or leave it out")
 
 

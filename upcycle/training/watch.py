@@ -12,12 +12,13 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import plots
 from upcycle.evaluation.validation import TIMESTEPS, Validation, validate
+from upcycle.latents.reader import LatentFolder
 from upcycle.output import disk_full
 from upcycle.recipe import Recipe
 from upcycle.sampling.draw import clamp_null_class, draw
 from upcycle.sampling.pipeline import load_vae_and_scheduler
 from upcycle.training import schedule
-from upcycle.training.data import LatentFolder, TensorData
+from upcycle.training.data import TensorData
 from upcycle.training.log import Rows
 from upcycle.training.state import RunState
 

@@ -1,0 +1,148 @@
+"""Training data without a data set: a teacher's own samples, kept as latents."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTPipeline
+
+from upcycle.errors import UpcycleError
+from upcycle.latents.folder import LatentWriter
+from upcycle.latents.vae import weights_hash
+from upcycle.models.identity_vae import IdentityVAE
+from upcycle.sampling.draw import draw
+from upcycle.sampling.pipeline import class_count
+from upcycle.sources.vae import describe_vae
+
+
+class _Keep(IdentityVAE):
+    """Keeps the latents that a pipeline wants decoded, untouched: its own scaling_factor is 1."""
+
+    latents: torch.Tensor
+
+    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.latents = z
+        return super().decode(z, *args, **kwargs)
+
+
+def with_ddim(pipe: DiTPipeline) -> DiTPipeline:
+    """The pipeline with a DDIM scheduler made from its own: a sample is then a function of its seed alone."""
+    if not isinstance(pipe.scheduler, DDIMScheduler):
+        # DDIM clips unless it is told not to, and the configs of other solvers do not say.
+        clip = pipe.scheduler.config.get("clip_sample", False)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
+    return pipe
+
+
+def sample_latents(
+    pipe: DiTPipeline,
+    labels: list[int],
+    seeds: list[int],
+    steps: int,
+    guidance_scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The latents that ``pipe`` would decode into images, in the model's scale: fp32 [n, C, H, W], on its device.
+
+    A (label, seed) gives the same sample in any batch. ``dtype`` is that of the transformer's arithmetic; the latents
+    stay in fp32 between steps.
+    """
+    keep = _Keep(pipe.transformer.config.in_channels).to(pipe.device)
+    sampler = DiTPipeline(pipe.transformer, keep, pipe.scheduler)
+    sampler.set_progress_bar_config(disable=True)
+    with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
+        draw(sampler, labels, seeds, steps, guidance_scale)
+    return keep.latents.float()
+
+
+def label_and_seed(index: int, classes: list[int], seed: int) -> tuple[int, int]:
+    """Class and seed of sample ``index``: classes in turn, and seeds that count up from a place that ``seed`` chooses.
+
+    Seeds are 32 bits long, all that torch's generator takes. Data sets of different ``seed`` share noise by accident
+    only.
+    """
+    start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
+    return classes[index % len(classes)], (start + index) % 2**32
+
+
+def synthesis_header(
+    pipe: DiTPipeline,
+    teacher: str,
+    revision: str | None,
+    *,
+    count: int,
+    classes: list[int],
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What the index says about a synthesis, before the first sample is drawn."""
+    c = pipe.transformer.config
+    shape = [c.in_channels, c.sample_size, c.sample_size]
+    number = class_count(pipe)
+    names = {label: name for name, label in reversed(pipe.labels.items())}
+    scheduler = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return {
+        "kind": "synthesized",
+        "sample_shape": shape,
+        "num_classes": number,
+        "classes": [names[label] for label in range(number)] if set(names) >= set(range(number)) else None,
+        "tensors": {
+            "z0": {"dtype": "float16", "shape": shape},
+            "label": {"dtype": "int64", "shape": []},
+            "seed": {"dtype": "int64", "shape": []},
+        },
+        "source": {"kind": "teacher", "samples": count, "labels": classes},
+        "vae": {"id": teacher, **describe_vae({**pipe.vae.config, "_class_name": type(pipe.vae).__name__})},
+        "size": None,
+        "flips": False,
+        "dtype": str(dtype).removeprefix("torch."),
+        "teacher": {"id": teacher, "revision": revision, "sha256": weights_hash(pipe.transformer.state_dict())},
+        "scheduler": {"class": type(pipe.scheduler).__name__, **scheduler},
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
+
+
+def synthesize(
+    pipe: DiTPipeline,
+    writer: LatentWriter,
+    *,
+    classes: list[int],
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    dtype: torch.dtype,
+    batch_size: int,
+    on_images: Callable[[float], None] = lambda count: None,
+) -> None:
+    """Draw what ``writer`` lacks; neither the batch size nor an interruption changes a sample.
+
+    ``on_images`` is called after every step, with the share of the batch's samples that this step was.
+
+    Raises:
+        UpcycleError: samples that are not finite; no space left.
+    """
+    writer.save_index()
+    for number, items in writer.todo:
+        z0 = []
+        jobs = [label_and_seed(index, classes, seed) for index in items]
+        for first in range(0, len(jobs), batch_size):
+            labels, seeds = (list(column) for column in zip(*jobs[first : first + batch_size], strict=True))
+            share = len(labels) / steps
+            hook = pipe.transformer.register_forward_hook(lambda *_, share=share: on_images(share))
+            try:
+                latents = sample_latents(pipe, labels, seeds, steps, guidance_scale, dtype).half()
+            finally:
+                hook.remove()
+            if not latents.isfinite().all():
+                raise UpcycleError(
+                    "the teacher gives samples that are not finite; take --dtype fp32, a lower --guidance-scale, or "
+                    "check its weights"
+                )
+            z0.append(latents.cpu())
+        drawn_labels, drawn_seeds = torch.tensor(jobs).unbind(1)
+        writer.write(number, {"z0": torch.cat(z0), "label": drawn_labels, "seed": drawn_seeds}, [])
