@@ -11,7 +11,7 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.sources import DiTConfig, Source
 from upcycle.sources.student import load_student
 
-__all__ = ["Difference", "load_student", "load_teacher", "measure_difference"]
+__all__ = ["Difference", "load_student", "load_teacher", "measure_difference", "stock_dit"]
 
 EXACT_TOLERANCE = 1e-5
 TIMESTEPS = (999, 960, 800, 600, 400, 200, 40, 0)
@@ -36,22 +36,27 @@ class Difference:
         return self.max_abs <= EXACT_TOLERANCE * max(1.0, self.scale)
 
 
+def stock_dit(c: DiTConfig) -> DiTTransformer2DModel:
+    """The stock diffusers model of a config, with random weights; Meta's conventions are not set."""
+    return DiTTransformer2DModel(
+        num_attention_heads=c.num_attention_heads,
+        attention_head_dim=c.attention_head_dim,
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        num_layers=c.num_layers,
+        sample_size=c.sample_size,
+        patch_size=c.patch_size,
+        num_embeds_ada_norm=c.num_classes,
+        norm_eps=c.norm_eps,
+    )
+
+
 def load_teacher(source: Source) -> DiTTransformer2DModel:
     """The stock diffusers model of a source, fp32, in eval mode; Meta's conventions are set for a ``.pt``."""
     c = source.config
     assert isinstance(c, DiTConfig)
     with torch.device("meta"):
-        model = DiTTransformer2DModel(
-            num_attention_heads=c.num_attention_heads,
-            attention_head_dim=c.attention_head_dim,
-            in_channels=c.in_channels,
-            out_channels=c.out_channels,
-            num_layers=c.num_layers,
-            sample_size=c.sample_size,
-            patch_size=c.patch_size,
-            num_embeds_ada_norm=c.num_classes,
-            norm_eps=c.norm_eps,
-        )
+        model = stock_dit(c)
     expected = list(model.state_dict())
     state = {name: tensor.load().float() for name, tensor in source.tensors.items()}
     for name in expected:

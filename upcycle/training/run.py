@@ -59,6 +59,18 @@ def open_teacher(recipe: Recipe) -> Source:
     return with_vae(source, recipe.vae) if recipe.vae else source
 
 
+def check(recipe: Recipe) -> Source:
+    """The teacher, after all that can be checked without data; raises `UpcycleError` for what does not fit."""
+    _check_batch(recipe, ranks().num_processes)
+    source = open_teacher(recipe)
+    assert isinstance(source.config, DiTConfig)
+    if recipe.preview:
+        _check_preview(recipe, source)
+    _check_sigma(recipe, source.config)
+    _check_trackers(recipe)
+    return source
+
+
 def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     """Open and check everything; converts the teacher into ``out/start`` where the recipe names no student.
 
@@ -69,7 +81,6 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     """
     out = Path(recipe.out)
     start = out / "start" if recipe.student is None else Path(recipe.student)
-    _check_batch(recipe, ranks().num_processes)
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"out {out} is a file; choose another 'out'")
     check_output(out / "export", force=True, keep=(start,))
@@ -78,15 +89,11 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
         raise UpcycleError(f"{out} does not exist, so there is no checkpoint to resume from; run without --resume")
     if not resume and checkpoints(out / "checkpoints"):
         raise UpcycleError(f"{out} holds a run already; continue it with --resume, or choose another 'out'")
-    source = open_teacher(recipe)
+    source = check(recipe)
     c = source.config
     assert isinstance(c, DiTConfig)
-    data = _open_data(recipe.data, source)
-    validation = _open_data(recipe.validation.data, source) if recipe.validation else None
-    if recipe.preview:
-        _check_preview(recipe, source)
-    _check_sigma(recipe, c)
-    _check_trackers(recipe)
+    data = open_fitting_data(recipe.data, source)
+    validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
     if recipe.student is None and not begun:
         if ranks().is_main_process:
             options = Options(**recipe.convert.model_dump(), seed=recipe.seed)
@@ -96,7 +103,7 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation)
 
 
-def _open_data(spec: str, source: Source) -> TensorData | LatentFolder:
+def open_fitting_data(spec: str, source: Source) -> TensorData | LatentFolder:
     """Data that fits the teacher and its VAE; raises `UpcycleError` where it does not."""
     assert isinstance(source.config, DiTConfig)
     data, vae = open_data(spec), source.components.get("vae")
