@@ -129,7 +129,7 @@ def test_shards_read_like_one_tensor(tmp_path):
     ("z0", "label", "says"),
     [
         (torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.long), "at least one sample"),
-        (torch.tensor(0.0), torch.tensor([1]), "z0 of shape []"),
+        (torch.tensor(0.0), torch.tensor([1]), "z0 of []"),
         (torch.zeros(2, 1, 4, 4), torch.tensor([[1], [2]]), "int64 [2, 1]"),
         (torch.zeros(2, 1, 4, 4), torch.tensor(1), "int64 []"),
         (torch.zeros(2, 1, 4, 4), torch.tensor([0.5, 1]), "float32 [2]"),
