@@ -285,10 +285,10 @@ def test_the_resume_hint_can_be_pasted(command, tmp_path, monkeypatch):
         raise loop.Interrupted(3)
 
     recipe = tmp_path / "my recipe.yaml"
-    recipe.write_text("teacher: digits\ndata: digits\nout: run\nsteps: 3\n")
+    recipe.write_text("teacher: digits\ndata: digits\nout: run\nstages: [{name: post-train, steps: 3}]\n")
     monkeypatch.setattr(run, "prepare", lambda *_, **__: None)
     monkeypatch.setattr(run, "finetune", interrupted)
-    given = ["finetune", str(recipe), "--set", "freeze=[blocks]"]
+    given = ["finetune", str(recipe), "--set", "stages.post-train.freeze=[blocks]"]
     code, _, err = command(*given)
     assert code == 130
     assert shlex.split(err.strip().splitlines()[-1].partition("go on with: ")[2]) == ["upcycle", *given, "--resume"]
@@ -450,9 +450,9 @@ def test_finetune(failing, pipeline_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "does not exist" in failing("finetune", "nothing.yaml")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("teacher: digits\ndata: digits\nout: run\nstpes: 3\n")
+    recipe.write_text("teacher: digits\ndata: digits\nout: run\nstages: [{name: a, stpes: 3}]\n")
     assert "did you mean 'steps'?" in failing("finetune", recipe)
-    recipe.write_text(f"teacher: {pipeline_dir}\ndata: digits\nout: run\nsteps: 3\n")
+    recipe.write_text(f"teacher: {pipeline_dir}\ndata: digits\nout: run\nstages: [{{name: a, steps: 3}}]\n")
     assert "[1, 16, 16]" in failing("finetune", recipe)
     assert "nowhere" in failing("finetune", recipe, "--set", "data=nowhere")
     assert "key=value" in failing("finetune", recipe, "--set", "data")

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from runs import names_in, rows_of, run_here, same, small, write_recipe
 from safetensors.torch import load_file, save_file
 
-from upcycle.training import losses, schedule
+from upcycle.training import schedule
 from upcycle.training.data import Batch, Draws, open_data
 from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
 from upcycle.training.run import prepare
@@ -292,11 +292,3 @@ def test_every_rank_drops_the_same_tail():
     assert drops[0] == drops[1]
     assert set(drops[0][:50]) == {0.0}
     assert set(drops[0][50:]) == {0.0, 0.5}
-
-
-def test_bias_controller_finds_the_ratio():
-    logit = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
-    bias = torch.tensor(0.0)
-    for _ in range(100):
-        bias = bias.lerp(losses.bias_target(logit + bias, bias, 6.0), 0.1)
-    assert ((logit + bias) > 0).float().mean().item() == pytest.approx(1 / 6, abs=0.002)
