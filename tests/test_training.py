@@ -79,9 +79,11 @@ def test_bias_controller_finds_the_ratio():
 def test_two_ranks_train_as_one_does(world, tmp_path):
     """Two stages with other losses, frozen parts and accumulation: the log and the validation of one rank, to 1e-5."""
     align = {"diffusion": 0, "blocks": 1, "router": 0, "ratio": 0}
+    last = {"losses": {"ratio_group": 2}, "tail_drop": {"start": 0.0}, "teacher_guidance": 2}
     stages = (
-        {"name": "align", "steps": 3, "losses": align, "freeze": ["head"]},
-        {"name": "rest", "steps": 3, "losses": {"ratio_group": 2}, "tail_drop": {"start": 0.0}, "teacher_guidance": 2},
+        {"name": "align", "steps": 3, "lr": 1e-4, "losses": align, "freeze": ["head"]},
+        # A small learning rate: AdamW enlarges rounding, and a token at the router's threshold may come or go.
+        {"name": "rest", "steps": 3, "lr": 1e-4, **last},
     )
     changes = {"validation": {"data": str(world / "held-out"), "every": 4}, "data_workers": 1}
     changes["preview"] = {"every": 6, "labels": [0], "steps": 3}

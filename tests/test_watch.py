@@ -1,6 +1,7 @@
 """Validation beside the teacher, early stopping, the best weights, previews and trackers."""
 
 import math
+import shutil
 import subprocess
 import sys
 
@@ -160,3 +161,16 @@ def test_tensorboard_gets_losses_and_validations(world, tmp_path):
     assert validations == pytest.approx(
         [float(row["student"]) for row in rows_of(tmp_path / "run/validation.csv")], rel=1e-4
     )
+
+
+def test_a_validation_may_follow_a_preview(world, tmp_path):
+    """Where a continued run draws before it has measured the teacher."""
+    options = {"preview": {"every": 3, "labels": [0], "steps": 2}}
+    options["validation"] = {"data": str(world / "held-out"), "every": 2, "samples": 4}
+    recipe = small(world, tmp_path / "run", {"steps": 4}, save_every=1, keep_checkpoints=9, **options)
+    run_here(recipe)
+    rows = rows_of(tmp_path / "run" / "validation.csv")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:07d}")
+    run_here(recipe, resume=True)
+    assert rows_of(tmp_path / "run" / "validation.csv") == rows

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 
-def clamp_null_class(transformer: torch.nn.Module) -> None:
+def clamp_null_class(transformer: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
     """Let a stock DiT with fewer than 1000 classes be guided: DiTPipeline always sends 1000 for the null class."""
     last = transformer.config.num_embeds_ada_norm
 
@@ -23,7 +23,7 @@ def clamp_null_class(transformer: torch.nn.Module) -> None:
         kwargs["class_labels"] = kwargs["class_labels"].clamp(max=last)
         return args, kwargs
 
-    transformer.register_forward_pre_hook(clamp, with_kwargs=True)
+    return transformer.register_forward_pre_hook(clamp, with_kwargs=True)
 
 
 def draw(pipe, labels: list[int], seeds: list[int], steps: int, guidance_scale: float) -> torch.Tensor:

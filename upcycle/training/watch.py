@@ -151,8 +151,9 @@ class Watch:
         vae, scheduler = load_vae_and_scheduler(str(self._start), self._start)
         vae.to(self._accelerator.device)
         if self._teacher_images is None:
-            clamp_null_class(self._teacher)
+            clamp = clamp_null_class(self._teacher)
             self._teacher_images = self._draw(self._teacher, vae, scheduler)
+            clamp.remove()  # it takes labels by name only
         trajectory = _Trajectory(self._student, len(preview.labels), preview.steps)
         with run.averaged(self._student, self._guide), trajectory as seen:
             images = self._draw(self._student, vae, scheduler)
