@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import AutocastKwargs, DistributedType, parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +20,8 @@ def make_accelerator(**options: Any) -> Accelerator:
     Raises:
         UpcycleError: FSDP 1, or options of the launcher that do not fit.
     """
+    # A weight is used once a forward pass: its bf16 copy need not outlive that use.
+    options = {"kwargs_handlers": [AutocastKwargs(cache_enabled=False)], **options}
     AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return Accelerator(**options)

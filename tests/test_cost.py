@@ -1,0 +1,138 @@
+"""`upcycle finetune --dry-run`: what is counted is exact, what is estimated is near, and nothing is written."""
+
+import json
+
+import pytest
+import torch
+from conftest import run
+
+from upcycle.graft.plan import Options, make_plan
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.recipe import Recipe
+from upcycle.sources import open_source
+from upcycle.training import cost
+from upcycle.training.digits import TEACHER
+from upcycle.training.loop import make_optimizer, prepare_student
+from upcycle.training.state import RunState
+from upcycle.training.step import parts_of
+
+STAGES = [
+    {"name": "align", "steps": 10, "freeze": ["embedders", "blocks", "head"], "losses": {"blocks": 1.0}},
+    {"name": "train", "steps": 30, "freeze": ["embedders", "head"], "teacher_guidance": 2.0,
+     "tail_drop": {"values": [0.0, 0.5], "start": 0.2}},
+]  # fmt: skip
+
+
+def recipe(**changes):
+    return Recipe(**{"teacher": "digits", "data": "digits", "out": "x", "batch_size": 8, "stages": STAGES, **changes})
+
+
+@pytest.fixture(scope="module")
+def student():
+    return ChunkedDiT(**make_plan(open_source(str(TEACHER)), Options()).config)
+
+
+def test_parameters_by_group(student):
+    """Each parameter is in one group, and the groups are those that a recipe freezes."""
+    groups = cost.parameter_groups(student)
+    assert tuple(groups) == cost.GROUPS
+    members = [id(p) for parameters in groups.values() for p in parameters]
+    assert sorted(members) == sorted(id(p) for p in student.parameters())
+    for name in ("embedders", "blocks", "head"):
+        (first, *rest) = parts_of(student, [name])
+        assert {id(p) for p in groups[name]} == {id(p) for module in (first, *rest) for p in module.parameters()}
+    frozen = sum(p.numel() for module in parts_of(student, ["embedders", "blocks"]) for p in module.parameters())
+    total = sum(p.numel() for p in student.parameters())
+    assert sum(p.numel() for p in cost.trained(student, ["embedders", "blocks"])) == total - frozen
+
+
+def test_what_lasts_is_counted_exactly(student):
+    """Weights, gradients, AdamW's moments and the average are what a real update holds."""
+    asked = recipe()
+    prepare_student(student, asked)
+    optimizer = make_optimizer(student, asked, fused=False)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    state = RunState(student, 0.9)
+    told = cost.memory(asked, student, 100, 1, sharded=False)
+    assert told["weights"] == sum(p.nbytes for p in student.parameters())
+    assert told["gradients"] == sum(p.grad.nbytes for p in student.parameters() if p.grad is not None)
+    moments = [tensor for kept in optimizer.state.values() for tensor in kept.values() if tensor.dim()]
+    assert told["optimizer"] == sum(tensor.nbytes for tensor in moments)
+    assert told["average"] == sum(shadow.nbytes for shadow in state.ema.shadow_params)
+    assert told["teacher"] == 400
+    assert told["total"] == sum(value for name, value in told.items() if name != "total")
+
+
+def test_shares_of_ranks(student):
+    """Sharded, rank 0 holds the first chunk of each parameter; DDP keeps a copy of the gradients instead."""
+    whole = cost.memory(recipe(), student, 100, 1, sharded=False)
+    ddp = cost.memory(recipe(), student, 100, 4, sharded=False)
+    fsdp = cost.memory(recipe(), student, 100, 4, sharded=True)
+    assert ddp["weights"] == whole["weights"]
+    assert ddp["buckets"] == whole["gradients"]
+    chunks = sum(p.chunk(4)[0].nbytes for p in student.parameters())
+    assert fsdp["weights"] == fsdp["average"] == chunks
+    assert whole["weights"] / 4 <= chunks < whole["weights"] / 3
+    assert fsdp["teacher"] == whole["teacher"], "every rank has the whole teacher"
+    assert fsdp["activations"] == ddp["activations"] == whole["activations"] / 4
+    low = recipe(mixed_precision="bf16")
+    assert cost.memory(low, student, 100, 1, sharded=False)["bf16_weights"] == whole["weights"] / 2
+    assert cost.memory(low, student, 100, 1, sharded=False)["activations"] < whole["activations"]
+    again = cost.memory(recipe(gradient_checkpointing=True), student, 100, 1, sharded=False)
+    assert again["activations"] < 0.7 * whole["activations"]
+
+
+def test_activations_are_near_what_autograd_keeps(student):
+    """Against the whole model, with a batch of 8 whose even tokens fit the ratio (guide on)."""
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    student.train().requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = student(torch.randn(8, 1, 16, 16), torch.arange(8) * 100, torch.arange(8), guide=8.0)
+    assert out.routing.mask.sum(1).tolist() == [64] * 8
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    held = sum(size for place, size in seen.items() if place not in weights)
+    told = cost.memory(recipe(), student, 0, 1, sharded=False)["activations"]
+    assert told == pytest.approx(held, rel=0.1)
+
+
+def test_the_command_measures_and_writes_nothing(tmp_path):
+    out = tmp_path / "run"
+    report = json.loads(run("finetune", "digits", "--set", f"out={out}", "--dry-run", "--json").stdout)
+    assert not out.exists()
+    parameters = report["parameters"]
+    assert sum(parameters[name] for name in cost.GROUPS) == parameters["total"] == 788343
+    assert parameters["trained"] == {"post-train": parameters["total"] - parameters["embedders"]}
+    assert report["memory_per_rank"]["weights"] == 4 * parameters["total"]
+    (stage,) = report["stages"]
+    # A mean tail drop of 0.3 on 60 % of the steps; one question to the teacher.
+    assert stage["tokens_per_sample"] == pytest.approx(64 * (1 - 0.6 * 0.3))
+    assert stage["teacher_forwards"] == 1
+    assert 2 < stage["flops_per_step"]["student"] / stage["flops_per_step"]["teacher"] < 5
+    assert report["measured"]["layers"] == [4]
+    assert report["hours"] == pytest.approx(stage["steps"] * stage["seconds_per_step"] / 3600)
+    assert report["data"] == {"data": "digits", "there": True, "samples": 1500, "bytes": None}
+
+
+def test_data_may_be_missing(tmp_path):
+    options = ["--set", f"data={tmp_path / 'none'}", "--set", f"out={tmp_path / 'run'}", "--dry-run", "--no-measure"]
+    table = run("finetune", "digits", *options, env={"COLUMNS": "200"}).stdout
+    assert "not there yet" in table
+    assert "time in all" not in table
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_to_the_teacher():
+    """Distillation and the router ask once, guidance once more, block distillation once more."""
+    source = open_source(str(TEACHER))
+    config = make_plan(source, Options()).config
+    asked = recipe()
+    first, second = (cost._stage(asked, stage, config, source.config) for stage in asked.stages)
+    assert (first["teacher_forwards"], second["teacher_forwards"]) == (2, 2)
+    assert second["tokens_per_sample"] == pytest.approx(64 * (1 - 0.8 * 0.25))
