@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from upcycle.cli import convert, demo, finetune, recipes, sample
+from upcycle.cli import convert, demo, encode, finetune, recipes, sample, synthesize
 from upcycle.errors import UpcycleError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 app.command("convert", epilog=convert.EPILOG)(convert.convert)
+app.command("encode", epilog=encode.EPILOG)(encode.encode)
+app.command("synthesize", epilog=synthesize.EPILOG)(synthesize.synthesize)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.add_typer(recipes.app, name="recipes")
 app.command("sample", epilog=sample.EPILOG)(sample.sample)

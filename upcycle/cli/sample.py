@@ -52,6 +52,7 @@ def sample(
         raise UpcycleError(f"{model}: a local path has no revisions; leave --revision out")
     keep = (Path(model),) if local else ()
 
+    from upcycle.cli.device import to_device
     from upcycle.cli.show import print_json, progress, quiet_libraries, stdout, working
 
     quiet_libraries()
@@ -66,18 +67,14 @@ def sample(
 
         check_output(out, force, keep)
         pipe = load_pipeline(model, revision)
-        labels = _parse_classes(classes, pipe.labels, class_count(pipe))
+        count = class_count(pipe)
+        labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
         student = isinstance(pipe.transformer, ChunkedDiT)
         if tail_drop and not student:
             raise UpcycleError(f"{model} is a fixed-patch DiT: there is no tail to drop; leave out --tail-drop")
         if student:
             pipe.transformer.set_tail_drop(tail_drop)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.zeros(1, device=device).item()  # fails on a device that holds no data, such as meta
-            pipe.to(device)
-        except (RuntimeError, AssertionError, ImportError) as error:
-            raise UpcycleError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        to_device(pipe, device)
     pipe.set_progress_bar_config(disable=True)
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
@@ -109,9 +106,8 @@ def sample(
     stdout.print(str(out / "samples.png"), style="bold")
 
 
-def _parse_classes(text: str | None, names: dict[str, int], count: int) -> list[int]:
-    if text is None:
-        return list(range(min(10, count)))
+def parse_classes(text: str, names: dict[str, int], count: int) -> list[int]:
+    """Class ids of ``--classes``, ids and names separated by commas; raises `UpcycleError` for one that is unknown."""
     labels = []
     for part in (part.strip() for part in text.split(",")):
         if part in names and not part.isdigit():

@@ -11,7 +11,9 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -32,13 +34,24 @@ def working(text: str) -> Status:
     return stderr.status(Text(text))
 
 
-def progress() -> Progress:
-    """A progress display with elapsed and remaining time."""
+class _Speed(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g} {self._unit}/s")
+
+
+def progress(unit: str | None = None) -> Progress:
+    """A progress display with elapsed and remaining time, and with ``unit`` how many of them a second."""
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        *([_Speed(unit)] if unit else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=stderr,

@@ -9,7 +9,8 @@ from pathlib import Path
 from diffusers import DDIMScheduler
 
 from upcycle.errors import UpcycleError
-from upcycle.sources import DiTConfig, Source, hub
+from upcycle.sources import DiTConfig, Source
+from upcycle.sources.vae import vae_folder
 from upcycle.sources.weight_files import read_json
 
 
@@ -21,7 +22,7 @@ def with_vae(source: Source, spec: str) -> Source:
     Raises:
         UpcycleError: no VAE there, or one whose latents have other channels than the model takes.
     """
-    folder = _vae_folder(spec)
+    folder = vae_folder(spec)
     config = read_json(f"--vae {spec}", folder / "config.json")
     channels = config.get("latent_channels", config.get("in_channels"))
     assert isinstance(source.config, DiTConfig) or source.kind == "dc-dit"
@@ -38,18 +39,3 @@ def with_vae(source: Source, spec: str) -> Source:
         DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False).save_pretrained(made)
         components["scheduler"] = made
     return dataclasses.replace(source, components=components)
-
-
-def _vae_folder(spec: str) -> Path:
-    folder = Path(spec)
-    if not folder.exists():
-        if not hub.is_hub_id(spec):
-            raise UpcycleError(f"--vae {spec}: no such folder, and no Hub id (owner/name) either; check it")
-        folder = hub.fetch_vae(spec)
-    for candidate in (folder, folder / "vae"):
-        if not (candidate / "config.json").is_file():
-            continue
-        name = read_json(f"--vae {spec}", candidate / "config.json").get("_class_name")
-        if isinstance(name, str) and name.startswith("Autoencoder"):
-            return candidate
-    raise UpcycleError(f"--vae {spec} holds no VAE: neither config.json nor vae/config.json names an Autoencoder")

@@ -34,6 +34,7 @@ MODULE_NAME = "chunked_dit_" + hashlib.sha256(_CODE).hexdigest()[:12]
 LATTICE = (1.5, 0.0, -2.0)  # router prior: on (0,0) mod 2p, on the rest of the teacher's grid, elsewhere
 DETAIL_FLOOR, DETAIL_SCALE = 0.03, 0.8
 WINDOW_VARIANCE_FLOOR = 3e-4
+OFF_GRID_WEIGHT = 0.135  # of a window beside the teacher's grid, where windows overlap
 
 
 @dataclass
@@ -388,20 +389,21 @@ def gather_tokens(x_BLD: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def overlap_add(
-    entries: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, grid: tuple[int, int]
+    entries: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add tokens' p x p entries up where their windows lie, and count the windows of each position.
+    """Weighted mean of tokens' p x p entries where their windows lie, cut off at the border.
 
-    entries [B, M, p*p, O], index int64 and valid bool [B, M] -> sum [B, L, O] and count [B, L, 1]. What reaches beyond
-    the border is cut off.
+    entries [B, M, p*p, O], weight [B, M] (0 for padding), index int64 [B, M] -> mean [B, L, O], which is 0 where no
+    window lies, and total weight [B, L, 1].
     """
     (height, width), patch = grid, math.isqrt(entries.shape[2])
-    counted = F.pad(entries, (0, 1), value=1.0) * valid[..., None, None]
+    counted = F.pad(entries, (0, 1), value=1.0) * weight[..., None, None]
     where = index[..., None].expand(-1, -1, counted[0, 0].numel())
     plane = counted.new_zeros(len(counted), height * width, where.shape[-1]).scatter_add_(1, where, counted.flatten(2))
     plane = plane.unflatten(-1, counted.shape[2:]).permute(0, 3, 2, 1).flatten(1, 2)
     out = F.fold(plane, (height + patch - 1, width + patch - 1), patch)[..., :height, :width].flatten(2).transpose(1, 2)
-    return out[..., :-1], out[..., -1:]
+    total, weights = out[..., :-1], out[..., -1:]
+    return total / torch.where(weights > 0, weights, 1.0), weights
 
 
 def smooth(
@@ -848,7 +850,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         h = h + self.residual(features) + self.conv_base(torch.cat([x, base.to(x.dtype), geometry.to(x.dtype)], dim=1))
         for block in self.decoder:
             h = block(h, scaffold_condition)
-        correction = self.conv_out(F.silu(self.norm_correction(h)))
+        # Scaled down where x_t is noise: there the base is nearly right, and a correction could only disturb it.
+        correction = (
+            self.conv_out(F.silu(self.norm_correction(h))) * self.alpha_bar(timestep).sqrt()[:, None, None, None]
+        )
         return (base + correction).to(x.dtype), routing
 
     def _cell_statistics(self, x, owner, owner_slot, cell_size, index, timestep) -> torch.Tensor:
@@ -883,9 +888,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         """Plug the tokens' p x p entries back onto the grid, filling uncovered positions in x0 space.
 
         entries fp32 [B, M, p*p, O] -> base fp32 [B, O, H, W] and geometry (coverage, row offset, column offset) fp32
-        [B, 3, H, W]. Where windows overlap a position takes the mean of their entries. Neighbouring pixels share their
-        image, not their noise: an uncovered position takes the x0 estimate of the nearest entry of its token, and its
-        epsilon follows from its own x_t.
+        [B, 3, H, W]. Where windows overlap a position takes the mean of their entries, in which those of the teacher's
+        grid weigh most. Neighbouring pixels share their image, not their noise: an uncovered position takes the x0
+        estimate of the nearest entry of its token, and its epsilon follows from its own x_t.
         """
         c = self.config
         (height, width), patch, channels = grid, c.patch_size, c.in_channels
@@ -893,9 +898,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         d_row, d_column = position // width - owner // width, position % width - owner % width
         e_row, e_column = d_row.clamp(0, patch - 1), d_column.clamp(0, patch - 1)
         entry = owner_slot * patch**2 + e_row * patch + e_column
-        total, windows = overlap_add(entries, index, valid, grid)
-        covered = windows > 0
-        base = torch.where(covered, total / windows.clamp(min=1), gather_tokens(entries.flatten(1, 2), entry))
+        on_grid = (index // width % patch == 0) & (index % width % patch == 0)
+        mean, weights = overlap_add(entries, torch.where(on_grid, 1.0, OFF_GRID_WEIGHT) * valid, index, grid)
+        covered = weights > 0
+        base = torch.where(covered, mean, gather_tokens(entries.flatten(1, 2), entry))
 
         alpha = self.alpha_bar(timestep)[:, None, None]
         noise, signal = 1 - alpha, alpha.sqrt()

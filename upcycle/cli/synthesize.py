@@ -1,0 +1,83 @@
+"""`upcycle synthesize`: a teacher's own samples as training data."""
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from upcycle.cli.device import Dtype
+from upcycle.errors import UpcycleError
+
+EPILOG = """
+[bold]Examples[/bold]\n
+  upcycle synthesize facebook/DiT-XL-2-256 -o latents --count 50000\n
+  upcycle synthesize facebook/DiT-XL-2-256 -o latents --count 10000 --classes 207,360 --steps 100 --dtype bf16\n
+  upcycle synthesize digits -o digit-latents --count 1000 --guidance-scale 2\n
+The same command again goes on where it was interrupted.\n
+"""
+
+
+def synthesize(
+    teacher: Annotated[str, typer.Argument(help="DiT pipeline folder or Hub id; digits is the shipped one.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of latents, new or to go on with.")],
+    count: Annotated[int, typer.Option(min=1, help="Samples to draw, the same number of each class.")],
+    classes: Annotated[str | None, typer.Option(help="Class ids or names, separated by commas. Default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.5,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the samples' seeds.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", min=1, help="Samples at a time; does not change them.")
+    ] = 16,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples a file.")] = 10_000,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the teacher's arithmetic; latents are stored in fp16.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Draw training data from the teacher itself, for `upcycle finetune` where there is no data set."""
+    if not math.isfinite(guidance_scale):
+        raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 1.5 is usual, 1 is none")
+    local = teacher == "digits" or os.path.exists(teacher)
+    if local and revision is not None:
+        raise UpcycleError(f"{teacher}: a local path has no revisions; leave --revision out")
+
+    from upcycle.cli.device import to_device, torch_dtype
+    from upcycle.cli.latents import fill
+    from upcycle.cli.sample import parse_classes
+    from upcycle.cli.show import quiet_libraries, working
+
+    quiet_libraries()
+    with working(f"loading {teacher}"):
+        from upcycle.latents import synthesize as synthesis
+        from upcycle.latents.folder import LatentWriter, check_latents_folder
+        from upcycle.sampling.pipeline import class_count, load_pipeline
+        from upcycle.sources import hub
+        from upcycle.training.digits import TEACHER
+
+        check_latents_folder(out)
+        if not local and hub.is_hub_id(teacher):
+            _, revision = hub.fetch(teacher, revision=revision, variant=None)  # the commit, for the index
+        pipe = synthesis.with_ddim(load_pipeline(str(TEACHER) if teacher == "digits" else teacher, revision))
+        number = class_count(pipe)
+        labels = list(range(number)) if classes is None else parse_classes(classes, pipe.labels, number)
+        settings = {
+            "classes": labels,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "dtype": torch_dtype(dtype),
+        }
+        header = synthesis.synthesis_header(pipe, teacher, revision, count=count, **settings)
+        to_device(pipe, device)
+        command = shlex.join(["upcycle", *sys.argv[1:]])
+        writer = LatentWriter(out, {**header, "command": command}, count, shard_size)
+
+    def work(on_images: Callable[[float], None]) -> None:
+        synthesis.synthesize(pipe, writer, **settings, batch_size=batch_size, on_images=on_images)
+
+    fill(writer, work, unit="samples", command=command, batch_size=batch_size, json=as_json)
