@@ -114,12 +114,15 @@ class Stage(_Strict):
 
 
 class Optimizer(_Strict):
-    """AdamW. ``router_lr_scale`` multiplies the learning rate of the router's parameters."""
+    """AdamW. The learning rate of the router's parameters is ``router_lr_scale`` times a stage's ``lr``, that of the
+    parameters that come from the teacher ``teacher_lr_scale`` times.
+    """
 
     weight_decay: NonNegative = 0.0
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip: Positive = 1.0
     router_lr_scale: Positive = 10.0
+    teacher_lr_scale: Positive = 1.0
 
 
 class Validation(_Strict):

@@ -37,21 +37,25 @@ COLUMNS = (
 )  # fmt: skip
 
 
+FROM_TEACHER = ("embedders.", "pos_embed.", "transformer_blocks.", "proj_out_1.", "proj_out_2.")
+
+
 class Interrupted(Exception):
     """The run was interrupted after a checkpoint was saved."""
 
 
 def make_optimizer(student: ChunkedDiT, recipe: Recipe, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW with the router in a group of its own, so that it can learn faster."""
-    router: list[torch.nn.Parameter] = []
-    rest: list[torch.nn.Parameter] = []
+    """AdamW with groups for the router, for what comes from the teacher, and for the rest of the scaffold."""
+    o = recipe.optimizer
+    scales = {"router": o.router_lr_scale, "teacher": o.teacher_lr_scale, "scaffold": 1.0}
+    members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in scales}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            (router if name.startswith("routing_module.") else rest).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": rest, "lr_scale": 1.0}]
-    if router:
-        groups.append({"params": router, "lr_scale": recipe.optimizer.router_lr_scale})
-    o = recipe.optimizer
+            part = "router" if name.startswith("routing_module.") else "scaffold"
+            members["teacher" if name.startswith(FROM_TEACHER) else part].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr_scale": scales[part]} for part, parameters in members.items() if parameters
+    ]
     return torch.optim.AdamW(groups, lr=recipe.stages[0].lr, betas=o.betas, weight_decay=o.weight_decay, fused=fused)
 
 

@@ -38,7 +38,7 @@ def tail_drop(recipe: Recipe, step: int) -> float:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Learning rate at ``step`` (the router's is ``router_lr_scale`` times this)."""
+    """Learning rate at ``step``; groups of parameters multiply it (`Optimizer`)."""
     stage, done = stage_at(recipe, step)
     lr = stage.lr
     if stage.warmup:
