@@ -235,7 +235,7 @@ def _activations(recipe: Recipe, config: dict[str, Any]) -> float:
 def _kept_by_autograd(recipe: Recipe, config: dict[str, Any], layers: int, tokens: int) -> float:
     """Bytes for a sample in a model of so many blocks: what two samples need beyond one, so that weights drop out."""
     model = ChunkedDiT(**{**config, "num_layers": layers, "num_embedders": 1})
-    _keep(model, tokens)
+    keep_tokens(model, tokens)
     side, sizes = config["sample_size"], []
     for batch in (1, 2):
         seen: dict[int, int] = {}
@@ -254,7 +254,7 @@ def _kept_by_autograd(recipe: Recipe, config: dict[str, Any], layers: int, token
     return float(sizes[1] - sizes[0])
 
 
-def _keep(student: ChunkedDiT, tokens: float) -> None:
+def keep_tokens(student: ChunkedDiT, tokens: float) -> None:
     """Let the router keep ``tokens`` a sample on average, from half as many to half as many more over a batch.
 
     A router that has not learned keeps what it likes, which is not what a step will cost.
@@ -321,7 +321,7 @@ def _time(
     decide, times = student.route, []
     for stage, told in zip(recipe.stages, stages, strict=True):
         student.route = decide
-        _keep(student, told["tokens_per_sample"])
+        keep_tokens(student, told["tokens_per_sample"])
         tail = stage.tail_drop.model_copy(update={"values": []})  # the tokens kept have it in them
         changed = {"stages": [stage.model_copy(update={"tail_drop": tail})], "gradient_accumulation": 1}
         alone = recipe.model_copy(update=changed)
