@@ -104,7 +104,9 @@ def test_activations_are_near_what_autograd_keeps(student):
 
 def test_the_command_measures_and_writes_nothing(tmp_path):
     out = tmp_path / "run"
-    report = json.loads(run("finetune", "digits", "--set", f"out={out}", "--dry-run", "--json").stdout)
+    tail = "stages.post-train.tail_drop={values: [0.0, 0.6], start: 0.4}"
+    options = ["--set", f"out={out}", "--set", tail, "--set", "stages.post-train.freeze=[embedders]"]
+    report = json.loads(run("finetune", "digits", *options, "--dry-run", "--json").stdout)
     assert not out.exists()
     parameters = report["parameters"]
     assert sum(parameters[name] for name in cost.GROUPS) == parameters["total"] == 788343
