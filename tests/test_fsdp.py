@@ -29,7 +29,7 @@ def recipe(out, **changes):
     ]
     return Recipe(**{
         "teacher": "digits", "data": "digits", "out": str(out), "batch_size": 8, "gradient_accumulation": 2,
-        "stages": stages, "ema": 0.5, "log_every": 1, "save_every": 3, "data_workers": 0,
+        "stages": stages, "ema": 0.5, "log_every": 1, "save_every": 2, "data_workers": 0,
         "validation": {"data": "digits-val", "every": 2, "samples": 4}, **changes,
     })  # fmt: skip
 
