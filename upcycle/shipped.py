@@ -30,12 +30,12 @@ def find_recipe(name: Path) -> Path:
     Raises:
         UpcycleError: there is none; says which shipped one is near.
     """
-    if os.path.exists(name):
+    if os.path.isfile(name):  # not a folder that happens to be called like a recipe
         return name
     shipped = shipped_recipes()
     if name.parent == Path() and not name.suffix:
         own = Path("recipes") / f"{name}.yaml"
-        found = own if os.path.exists(own) else shipped.get(str(name))
+        found = own if os.path.isfile(own) else shipped.get(str(name))
         if found:
             return found
     if name.stem in shipped:

@@ -61,7 +61,8 @@ def finetune(
             bar.stop()
             options = [word for item in set_ or [] for word in ("--set", item)]
             command = shlex.join(["upcycle", "finetune", str(recipe), *options, "--resume"])
-            stderr.print(f"saved at step {interrupted}; go on with: {command}")
+            launched = " (with the launcher, as before)" if run.ranks().num_processes > 1 else ""
+            stderr.print(f"saved at step {interrupted}; go on with{launched}: {command}")
             raise SystemExit(130) from None
     run.ranks().destroy_process_group()
     if as_json and main:

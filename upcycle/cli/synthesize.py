@@ -25,7 +25,7 @@ The same command again goes on where it was interrupted.\n
 def synthesize(
     teacher: Annotated[str, typer.Argument(help="DiT pipeline folder or Hub id; digits is the shipped one.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of latents, new or to go on with.")],
-    count: Annotated[int, typer.Option(min=1, help="Samples to draw, the same number of each class.")],
+    count: Annotated[int, typer.Option(min=1, help="Samples to draw, classes in turn.")],
     classes: Annotated[str | None, typer.Option(help="Class ids or names, separated by commas. Default: all.")] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 1.5,

@@ -23,8 +23,8 @@ class TensorData:
 
     flips = has_posterior = False
 
-    def __init__(self, x0: torch.Tensor, labels: torch.Tensor):
-        self.x0, self.labels = x0, labels
+    def __init__(self, x0: torch.Tensor, labels: torch.Tensor, name: str = "digits"):
+        self.x0, self.labels, self.name = x0, labels, name
         self.sample_shape = tuple(x0.shape[1:])
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class TensorData:
         expected = (config.in_channels, config.sample_size, config.sample_size)
         if self.sample_shape != expected or int(self.labels.max()) >= config.num_classes:
             raise UpcycleError(
-                f"data 'digits' has samples of {list(self.sample_shape)} in {int(self.labels.max()) + 1} classes and "
+                f"data {self.name} has samples of {list(self.sample_shape)} in {int(self.labels.max()) + 1} classes and "
                 f"the teacher takes {list(expected)} in {config.num_classes}; choose other data"
             )
 
@@ -47,7 +47,7 @@ class TensorData:
 def open_data(spec: str) -> TensorData | LatentFolder:
     """The data of a recipe: ``digits`` or ``digits-val`` (the shipped splits), or a folder of shards."""
     if spec in ("digits", "digits-val"):
-        return TensorData(*load_digits("val" if spec == "digits-val" else "train"))
+        return TensorData(*load_digits("val" if spec == "digits-val" else "train"), spec)
     return LatentFolder(spec)
 
 

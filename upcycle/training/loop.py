@@ -37,7 +37,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-FROM_TEACHER = ("embedders.", "pos_embed.", "transformer_blocks.", "proj_out_1.", "proj_out_2.")
+FROM_TEACHER = {
+    "lean": ("embedders.", "pos_embed.", "transformer_blocks.", "proj_out_1.", "proj_out_2."),
+    "paper": ("embedders.", "transformer_blocks."),
+}
 
 
 class Interrupted(Exception):
@@ -49,10 +52,11 @@ def make_optimizer(student: ChunkedDiT, recipe: Recipe, *, fused: bool) -> torch
     o = recipe.optimizer
     scales = {"router": o.router_lr_scale, "teacher": o.teacher_lr_scale, "scaffold": 1.0}
     members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in scales}
+    theirs = FROM_TEACHER["lean" if student.config.scaffold == "lean" else "paper"]
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             part = "router" if name.startswith("routing_module.") else "scaffold"
-            members["teacher" if name.startswith(FROM_TEACHER) else part].append(parameter)
+            members["teacher" if name.startswith(theirs) else part].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "lr_scale": scales[part]} for part, parameters in members.items() if parameters
     ]
@@ -151,6 +155,7 @@ def train(
                 for text in guard.look(row, batch):
                     note(text)
                 on_step(row)
+                best_before = run.best
                 ended = watch.look(note)
                 last = run.step == recipe.steps or ended
                 stopped = row["stop"]
@@ -159,7 +164,9 @@ def train(
                 if mean:
                     watch.track(mean)
                 if stopped or last or watch.is_best or run.step % recipe.save_every == 0:
-                    _save(accelerator, folder, recipe, run, note, must=stopped and not last)
+                    saved = _save(accelerator, folder, recipe, run, note, must=stopped and not last)
+                    if watch.is_best and not saved:
+                        run.best = best_before  # weights that no checkpoint holds cannot be exported
                 if ended:
                     note(f"stopped early at step {run.step}: {run.since_best} validations without a better one")
                     break
@@ -206,15 +213,16 @@ def _save(
     note: Callable[[str], None],
     *,
     must: bool,
-) -> None:
-    """Save; where space runs out the run goes on with a warning, unless it ends here."""
+) -> bool:
+    """Save, and say whether it could; where space runs out the run goes on with a warning, unless it ends here."""
     if state.save(accelerator, folder, recipe, run):
-        return
+        return True
     kept = state.checkpoints(folder)
     newest = f"the newest is {kept[-1]}" if kept else "there is none yet"
     if must:
         raise UpcycleError(f"{folder}: no space left for the checkpoint of step {run.step}; {newest}; make room")
     note(f"warning: no space left for the checkpoint of step {run.step} in {folder}; {newest}; make room")
+    return False
 
 
 class _StopSignal:

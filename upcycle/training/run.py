@@ -100,6 +100,8 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
             convert(make_plan(source, options), start, force=True)
         ranks().wait_for_everyone()
     student = _open_student(start, c)
+    if student.config.scaffold == "paper" and any("head" in stage.freeze for stage in recipe.stages):
+        raise UpcycleError("freeze: the paper scaffold's head is fresh and predicts 0; leave 'head' out")
     return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation)
 
 

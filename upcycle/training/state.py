@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ RESUMABLE_CHANGES = {
     "out", "export", "log_every", "save_every", "keep_checkpoints", "data_workers", "max_skipped", "preview",
     "trackers",
 }  # fmt: skip
+
+# So may these: the way out of steps that are not finite. From there on it is another run.
+REMEDIES = re.compile(r"teacher_precision|stages\..+\.lr")
 
 
 class RunState:
@@ -155,10 +159,11 @@ def save(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) 
         complete = complete and _enough_space(
             lambda: (partial / "recipe.json").write_text(recipe.model_dump_json(indent=2))
         )
-    everywhere = accelerator.reduce(torch.tensor(float(complete), device=accelerator.device), reduction="mean")
-    complete = everywhere.item() == 1
+    complete = _everywhere(accelerator, complete)  # every rank's files are there by now
     if main and complete:
-        _to_disk(*partial.rglob("*"), partial)
+        complete = _enough_space(lambda: _to_disk(*partial.rglob("*"), partial))
+    complete = _everywhere(accelerator, complete)
+    if main and complete:
         _remove(final)
         partial.rename(final)
         _to_disk(folder)
@@ -170,6 +175,11 @@ def save(accelerator: Accelerator, folder: Path, recipe: Recipe, run: RunState) 
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     return complete
+
+
+def _everywhere(accelerator: Accelerator, fact: bool) -> bool:
+    shares = accelerator.reduce(torch.tensor(float(fact), device=accelerator.device), reduction="mean")
+    return shares.item() == 1
 
 
 def _enough_space(write: Callable[[], Any]) -> bool:
@@ -246,7 +256,9 @@ def newest(folder: Path, recipe: Recipe) -> Path | None:
     changed = [
         f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
         for key in keys
-        if key.partition(".")[0] not in RESUMABLE_CHANGES and theirs.get(key) != ours.get(key)
+        if key.partition(".")[0] not in RESUMABLE_CHANGES
+        and not REMEDIES.fullmatch(key)
+        and theirs.get(key) != ours.get(key)
     ]
     if changed:
         raise UpcycleError(f"{found[-1]} belongs to another recipe: {'; '.join(changed)}")

@@ -57,6 +57,8 @@ class Updater:
         self.recipe, self.accelerator, self.model, self.optimizer, self.run = recipe, accelerator, model, optimizer, run
         self.student: ChunkedDiT = accelerator.unwrap_model(model)
         self.teacher = teacher
+        c = self.student.config
+        self.prior = lattice_prior(c.sample_size, c.sample_size, c.patch_size, accelerator.device)
         self.bound = VariationalBound(noise_schedule(self.student).to(accelerator.device))
         self.start_guide = self.student.guide
 
@@ -119,9 +121,7 @@ class Updater:
                 estimate = losses.predicted_x0(
                     question.x_t, question.answer[:, : c.in_channels], alpha_bar, c.sample_range
                 )
-                height, width = estimate.shape[-2:]
-                prior = lattice_prior(height, width, c.patch_size, estimate.device)
-                details.append(losses.visible_detail(estimate, alpha_bar, prior))
+                details.append(losses.visible_detail(estimate, alpha_bar, self.prior))
             questions.append(question)
         if supervised:
             detail = torch.cat(details)

@@ -1,7 +1,9 @@
 """Watching a run: validation loss beside the teacher's, sample grids, router maps, trackers."""
 
+import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,7 @@ class Watch:
 
     def _measure(self, model: torch.nn.Module) -> Validation:
         a = self._accelerator
-        with a.autocast():
+        with nullcontext() if model is self._teacher else a.autocast():  # the teacher has a precision of its own
             mine = validate(
                 model, self._x0, self._labels, self._alpha_bar, rank=a.process_index, ranks=a.num_processes
             )  # fmt: skip
@@ -174,7 +176,7 @@ class Watch:
     def _draw(self, transformer: torch.nn.Module, vae: torch.nn.Module, scheduler: Any) -> torch.Tensor:
         preview = self._recipe.preview
         assert preview is not None
-        pipe = DiTPipeline(transformer, vae.to(transformer.dtype), scheduler)
+        pipe = DiTPipeline(transformer, copy.deepcopy(vae).to(transformer.dtype), scheduler)
         pipe.set_progress_bar_config(disable=True)
         seeds = [preview.seed + i for i in range(len(preview.labels))]
         return draw(pipe, preview.labels, seeds, preview.steps, preview.guidance_scale).cpu()
