@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(world, tmp_path):
             prepare(small(world, out, *stages, **changes), resume=True)
         return str(error.value).partition("another recipe: ")[2]
 
-    assert refused(stages[0], {**stages[1], "lr": 0.5}) == "stages.two.lr was 0.001 and is 0.5"
+    assert refused(stages[0], {**stages[1], "warmup": 5}) == "stages.two.warmup was 0 and is 5"
     assert refused(*stages, seed=3, batch_size=16) == "batch_size was 8 and is 16; seed was 0 and is 3"
     assert refused(*reversed(stages)) == "stages was ['one', 'two'] and is ['two', 'one']"
     assert refused(stages[0]) == "stages was ['one', 'two'] and is ['one']"

@@ -207,7 +207,7 @@ def test_what_cannot_work_is_refused_before_training(world, tmp_path):
         prepare(small(world, out, {"name": "one"}, {"name": "two", "losses": untrained}))
     with pytest.raises(UpcycleError, match="data nowhere: no such folder"):
         prepare(small(world, out, validation={"data": "nowhere"}))
-    with pytest.raises(UpcycleError, match=r"validation.data digits-val has samples of \[1, 16, 16\]"):
+    with pytest.raises(UpcycleError, match=r"data digits-val has samples of \[1, 16, 16\]"):
         prepare(small(world, out, validation={"data": "digits-val"}))
     assert not out.exists()
 
