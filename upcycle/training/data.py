@@ -39,8 +39,8 @@ class TensorData:
         expected = (config.in_channels, config.sample_size, config.sample_size)
         if self.sample_shape != expected or int(self.labels.max()) >= config.num_classes:
             raise UpcycleError(
-                f"data {self.name} has samples of {list(self.sample_shape)} in {int(self.labels.max()) + 1} classes and "
-                f"the teacher takes {list(expected)} in {config.num_classes}; choose other data"
+                f"data {self.name} has samples of {list(self.sample_shape)} in {int(self.labels.max()) + 1} classes "
+                f"and the teacher takes {list(expected)} in {config.num_classes}; choose other data"
             )
 
 
