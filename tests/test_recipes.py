@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+import tiny
 import torch
 import yaml
 from conftest import ROOT, run
@@ -17,6 +18,7 @@ from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, tokens_at_rat
 from upcycle.graft.plan import full_config
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe, _group, load_recipe
+from upcycle.training import cost
 
 RECIPES = shipped.shipped_recipes()
 PROMISED = ["digits", "s4", "b4", "b16", "l4", "xl4", "xl16", "xl4-512", "xl4-paper", "xl4-no-data"]
@@ -221,3 +223,21 @@ GROUPS = dict(groups(Recipe, "The run"))
 @pytest.mark.parametrize("title", GROUPS)
 def test_docs_list_every_key_with_its_default(title):
     assert documented()[title] == {key: shown_default(field) for key, field in GROUPS[title].model_fields.items()}
+
+
+@pytest.fixture(scope="module")
+def thousand_classes(tmp_path_factory):
+    """A tiny teacher with ImageNet's number of classes, to stand in for the real ones."""
+    folder = tmp_path_factory.mktemp("thousand") / "tiny-dit"
+    tiny.save_pipeline(folder, tiny.make_dit(0, classes=1000))
+    return folder
+
+
+@each_teacher
+def test_dry_run(name, thousand_classes):
+    """What `upcycle finetune NAME --dry-run` says, with a tiny teacher and without the data."""
+    overrides = [f"teacher={thousand_classes}", "vae=null", "data=not-there", "validation=null"]
+    recipe = load_recipe(RECIPES[name], overrides)
+    facts = cost.estimate(recipe, measure=False)
+    assert [stage["name"] for stage in facts["stages"]] == [stage.name for stage in recipe.stages]
+    assert facts["disk"]["checkpoint"] > 0
