@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Two tests run at a time (pyproject.toml); with two threads each they would wait for each other in every operation.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import runs
 import tiny
