@@ -586,7 +586,6 @@ def test_a_dataset_without_the_package(monkeypatch, failing, tmp_path):
 
 def test_a_dataset(images, vae, tmp_path, upcycle, failing, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    pytest.importorskip("datasets")
     for path in images.rglob("deeper/*.png"):  # datasets gives labels only to images of one depth
         path.rename(path.parent.parent / path.name)
     (images / "ant" / "0.png").write_bytes(b"damaged")

@@ -31,22 +31,6 @@ def recipe_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_recipe(path):
-    recipe = load_recipe(path)
-    assert recipe.steps > 0
-    assert f"upcycle finetune recipes/{path.name}" in path.read_text(), "a recipe opens with the command that runs it"
-
-
-def test_there_are_the_promised_recipes():
-    assert {path.name for path in (ROOT / "recipes").glob("*.yaml")} >= {
-        "digits.yaml",
-        "xl4.yaml",
-        "xl16.yaml",
-        "b4.yaml",
-    }
-
-
 def test_all_mistakes_at_once_with_the_nearest_right_name():
     stage = {"steps": "many", "losses": {"distil": 1.0}, "freeze": ["blocks", "nose"], "anneall": {}, "lr": -1}
     wrong = {**staged(**stage), "bacth_size": 3, "optimizer": {"betaz": 1, "clip": -1}}

@@ -143,7 +143,6 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_start(world, tmp_pat
 
 
 def test_tensorboard_gets_losses_and_validations(world, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     validation = {"data": str(world / "held-out"), "every": 3}

@@ -111,7 +111,7 @@ def _open_dataset(spec: str, image_column: str | None, label_column: str | None)
     # Undecoded, so that a damaged image is met where it can be named.
     try:
         files = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last is pyarrow's, for a cast that it lacks
         raise UpcycleError(f"{spec}: column {image_column} holds no images; choose one with --image-column") from error
 
     def open_image(index: int) -> Image.Image:
