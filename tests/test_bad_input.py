@@ -102,7 +102,7 @@ def test_folders_that_are_no_dit(refused, tmp_path, config, says):
 
 
 def test_a_student_is_not_converted_again(export_dir, refused):
-    refused(export_dir, says=["converted model already"])
+    refused(export_dir, "--ratio", "8", says=["converted model already", "--ratio"])
 
 
 def test_missing_path_and_file_that_is_no_checkpoint(refused, tmp_path):

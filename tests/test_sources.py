@@ -131,7 +131,6 @@ FOREIGN = {
     "FluxTransformer2DModel": {"_class_name": "FluxTransformer2DModel", "num_layers": 19},
     "UNet2DConditionModel": {"_class_name": "UNet2DConditionModel", "in_channels": 4},
     "llama model of transformers (LlamaForCausalLM)": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-    "a converted model already": {"_class_name": "ChunkedDiT"},
     "model of unknown class": {"hello": 1},
     "Transformer2DModel without patches": {"_class_name": "Transformer2DModel", "num_layers": 1},
     "norm_type is 'ada_norm_single'": {

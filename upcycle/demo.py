@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,11 +15,12 @@ import torch
 import yaml
 from rich.progress import Progress
 
+from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import plots
 from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
 from upcycle.evaluation.validation import validate
-from upcycle.graft.export import export_student
+from upcycle.graft.export import PICTURES, export_student
 from upcycle.graft.verify import MEASURE_STEPS, load_student, measure_difference
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import new_folder, to_json
@@ -73,7 +75,8 @@ def run_demo(
 
         trained = train(recipe, prepared.student, prepared.teacher, prepared.data, prepared.out, on_step=on_step)
         seconds["training"] = time.perf_counter() - clock
-        export_student(trained, prepared.start, folder / "pipeline")
+        done = provenance.event("demo", steps=recipe.steps, recipe=recipe.model_dump(mode="json"))
+        export_student(trained, prepared.start, folder / "pipeline", event=done)
 
         student = load_student(folder / "pipeline")
         student_loss = validate(student, images, labels, alpha_bar).mean_loss
@@ -118,7 +121,37 @@ def run_demo(
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }
         (folder / "report.json").write_text(to_json(report) + "\n")
+        _keep_evidence(folder, report)
     return report
+
+
+def _keep_evidence(folder: Path, report: dict[str, Any]) -> None:
+    """What was measured and drawn goes with the export."""
+    pipeline = folder / "pipeline"
+    (pipeline / PICTURES).mkdir()
+    for name in ("samples.png", "router.png", "compression.png"):
+        shutil.copyfile(folder / name, pipeline / PICTURES / name)
+    teacher, student = report["teacher"], report["student"]
+    sampling = {key: report["sampling"][key] for key in ("steps", "guidance_scale", "images")}
+    sampling |= {"tail_drop": 0, "tokens_kept": round(report["tokens_kept"], 1)}
+    loss = {"data": "digits-val", "timesteps": "10 from 50 to 950", "tail_drop": 0, "step": report["steps"]}
+    provenance.add_evidence(
+        pipeline,
+        {
+            "metric": "ε-MSE on held-out data",
+            "better": "lower",
+            "student": student["val_loss"],
+            "teacher": teacher["val_loss"],
+            "settings": loss,
+        },
+        {
+            "metric": "seconds per image",
+            "better": "lower",
+            "student": student["seconds_per_image"],
+            "teacher": teacher["seconds_per_image"],
+            "settings": {**sampling, "machine": report["machine"]},
+        },
+    )
 
 
 @torch.inference_mode()

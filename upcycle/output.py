@@ -14,7 +14,7 @@ from typing import Any
 from upcycle.errors import UpcycleError
 
 # What folders of ours hold at their top; --force deletes nothing else.
-EXPORT = r"model_index\.json|transformer|vae|scheduler"
+EXPORT = r"model_index\.json|transformer|vae|scheduler|upcycle\.json|images"
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
 SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png"
 

@@ -152,9 +152,10 @@ class Recipe(_Strict):
     """One training run. Paths are relative to where the command runs.
 
     ``teacher``: any source that `upcycle convert` takes, or ``digits`` for the shipped one; ``revision``, ``weights``
-    and ``heads`` say how to open it, and ``vae`` adds one to a bare checkpoint. ``student``: an export to start from;
-    without it the teacher is converted first, with ``convert``. ``data``: ``digits``, or a folder that `upcycle encode`
-    or `upcycle synthesize` wrote, or one of ``*.safetensors`` shards with ``z0`` [N, C, H, W] and ``label`` [N].
+    and ``heads`` say how to open it, and ``vae`` adds one to a bare checkpoint. ``student``: an export to start from, a
+    folder or a Hub id (at ``student_revision``); without it the teacher is converted first, with ``convert``.
+    ``data``: ``digits``, or a folder that `upcycle encode` or `upcycle synthesize` wrote, or one of ``*.safetensors``
+    shards with ``z0`` [N, C, H, W] and ``label`` [N].
 
     ``batch_size`` is the whole batch of an update, over all ranks and ``gradient_accumulation`` parts.
     ``teacher_precision``: of the teacher's weights and arithmetic; by default the one of ``mixed_precision``.
@@ -168,6 +169,7 @@ class Recipe(_Strict):
     heads: Annotated[int, Field(ge=1)] | None = None
     vae: Text | None = None
     student: Text | None = None
+    student_revision: Text | None = None
     convert: Convert = Convert()
     data: Text
     data_workers: Annotated[int, Field(ge=0)] = 2
@@ -212,6 +214,8 @@ class Recipe(_Strict):
             raise ValueError("student: start from an export, or convert the teacher, not both; leave out one of them")
         if self.student is not None and self.vae is not None:
             raise ValueError("vae: the student keeps its own; leave out 'vae' or 'student'")
+        if self.student is None and self.student_revision is not None:
+            raise ValueError("student_revision: there is no student whose revision it could be; leave it out")
         names = [stage.name for stage in self.stages]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"stages: the name {min(twice)} is given twice; every stage needs one of its own")

@@ -72,7 +72,7 @@ def convert(
             opened = with_vae(opened, vae)
         options = plan.Options(number, init, scaffold, router, time_embedding, seed)
         made = plan.make_plan(opened, options)
-    out = out or Path(default_name(opened.name, made.config["ratio"], isinstance(opened.config, DiTConfig)))
+    out = out or Path(default_name(opened.name, made.config["ratio"], opened.kind))
     if dry_run:
         _show_plan(made, out, as_json)
         return
@@ -98,9 +98,9 @@ def convert(
         raise typer.Exit(1)
 
 
-def default_name(name: str, ratio: float, grafted: bool) -> str:
-    """<name>-dc<ratio>, or <name>-dc for a checkpoint that is a DC-DiT already."""
-    return f"{name}-dc{ratio:g}" if grafted else f"{name}-dc"
+def default_name(name: str, ratio: float, kind: str) -> str:
+    """<name>-dc<ratio>; <name>-dc for a checkpoint of the DC-DiT authors, <name> for a student."""
+    return {"dc-dit": f"{name}-dc", "student": name}.get(kind, f"{name}-dc{ratio:g}")
 
 
 def _parse_ratio(text: str | None) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-import upcycle
+from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.graft.plan import Plan
 from upcycle.graft.writer import write_weights
@@ -42,12 +42,16 @@ def convert(
         with torch.device("meta"):
             chunked_dit.ChunkedDiT(**{**plan.config, "num_layers": 0}).save_config(transformer)
         _patch_json(transformer / "config.json", num_layers=plan.config["num_layers"])
-        write_weights(transformer, plan.pieces, {"format": "pt", **_provenance(plan)}, max_shard_bytes, written)
+        base, history = _origin(plan)
+        header = provenance.metadata(base, history)
+        sha256 = write_weights(transformer, plan.pieces, header, max_shard_bytes, written)
         for name, path in plan.source.components.items():
             copy_component(plan.source.spec, path, folder / name)
         if {"vae", "scheduler"} <= plan.source.components.keys():
             index = pipeline_index(plan.source.spec, folder, plan.source.model_index or {})
             (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        known = {f"transformer/{name}": value for name, value in sha256.items()}
+        provenance.write(folder, base, history, sha256=known)
 
 
 def copy_component(spec: str, source: Path, target: Path) -> None:
@@ -89,14 +93,15 @@ def pipeline_index(spec: str, folder: Path, theirs: dict[str, Any]) -> dict[str,
     return index
 
 
-def _provenance(plan: Plan) -> dict[str, str]:
-    return {
-        "upcycle_version": upcycle.__version__,
-        "base": plan.source.spec,
-        "base_revision": plan.source.revision or "",
-        "licence": plan.source.licence or "",
-        "config": json.dumps(plan.config),
-    }
+def _origin(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Base and history of what the plan makes; those of a student go on where they were."""
+    source = plan.source
+    before = source.origin
+    done = provenance.event("convert", source=source.spec, revision=source.revision, options=vars(plan.options))
+    if before:
+        return before["base"], [*before["history"], done]
+    base = {"id": source.spec, "kind": source.kind, "revision": source.revision, "licence": source.licence}
+    return base, [done]
 
 
 def _patch_json(path: Path, **values: Any) -> None:

@@ -16,7 +16,7 @@ from upcycle.graft.dcdit_names import from_authors
 from upcycle.graft.embedders import merge_embedders
 from upcycle.graft.writer import Piece, nbytes
 from upcycle.models.chunked_dit import ChunkedDiT
-from upcycle.sources import DCDiTConfig, DiTConfig, Source, check_finite
+from upcycle.sources import DCDiTConfig, DiTConfig, Source, StudentConfig, check_finite
 from upcycle.sources.weight_files import read_json
 
 INITS = ("exact", "paper")
@@ -131,6 +131,16 @@ def make_plan(source: Source, options: Options) -> Plan:
     ):
         if value not in allowed:
             raise UpcycleError(f"{name} {value} is unknown; choose one of {', '.join(a for a in allowed if a)}")
+    if isinstance(source.config, DCDiTConfig | StudentConfig) and options != Options(seed=options.seed):
+        kind = "a converted model" if source.kind == "student" else "a DC-DiT"
+        raise UpcycleError(
+            f"{source.spec} is {kind} already and is exported as it is; leave out --ratio, --init, --scaffold, "
+            "--router and --time-embedding"
+        )
+    if isinstance(source.config, StudentConfig):
+        pieces = {name: ReusedTensor(name, tensor) for name, tensor in source.tensors.items()}
+        config = full_config(source.config.values)
+        return Plan(source, options, config, dict(pieces), reused=list(pieces), exact=False, notes=list(source.notes))
     if isinstance(source.config, DCDiTConfig):
         return _plan_authors(source, source.config, options)
     return _plan_graft(source, source.config, options)
@@ -217,11 +227,6 @@ def _plan_graft(source: Source, teacher: DiTConfig, options: Options) -> Plan:
 
 
 def _plan_authors(source: Source, theirs: DCDiTConfig, options: Options) -> Plan:
-    if options != Options(seed=options.seed):
-        raise UpcycleError(
-            f"{source.spec} is a DC-DiT already and is exported as it is; leave out --ratio, --init, --scaffold, "
-            "--router and --time-embedding"
-        )
     config = full_config(
         {
             "num_attention_heads": theirs.heads,

@@ -1,8 +1,11 @@
 """A safetensors writer that streams through one small buffer (the library's writers want all tensors in memory)."""
 
+import hashlib
 import json
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
@@ -39,8 +42,8 @@ def write_safetensors(
     pieces: Iterable[tuple[str, Piece]],
     metadata: dict[str, str],
     written: Callable[[int], None] = lambda n: None,
-) -> None:
-    """Write ``pieces`` to one file; ``written`` is told the bytes of each tensor as it is done.
+) -> str:
+    """Write ``pieces`` to one file and return its SHA-256; ``written`` is told the bytes of each tensor as it is done.
 
     Tensors are ordered by element size, largest first, so that every one is aligned, as the format's own writer does.
     """
@@ -58,18 +61,22 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
-    with path.open("wb", buffering=0) as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+    head = struct.pack("<Q", len(text)) + text
+    with path.open("wb", buffering=0) as file, _Digest() as digest:
+        file.write(head)
+        digest.update(head)
         for name, piece in ordered:
             size = 0
             for chunk in piece.chunks(buffer):
                 assert chunk.dtype == piece.dtype, name
                 size += chunk.numel() * chunk.itemsize
                 if chunk.numel():
-                    _write(file, memoryview(chunk.view(torch.uint8).numpy()))
+                    data = memoryview(chunk.view(torch.uint8).numpy())
+                    digest.update(data)
+                    _write(file, data)
             assert size == nbytes(piece), name
             written(size)
+        return digest.hex()
 
 
 def _write(file: RawIOBase, data: memoryview) -> None:
@@ -78,14 +85,38 @@ def _write(file: RawIOBase, data: memoryview) -> None:
         data = data[file.write(data[:BUFFER_BYTES]) :]
 
 
+class _Digest:
+    """SHA-256 in a thread of its own, of data that the caller may overwrite: hashing would cost a third of a write."""
+
+    def __enter__(self) -> "_Digest":
+        self._sha = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def update(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), BUFFER_BYTES):
+            self._waiting.append(self._thread.submit(self._sha.update, bytes(data[start : start + BUFFER_BYTES])))
+            if len(self._waiting) > 4:  # pieces in memory
+                self._waiting.popleft().result()
+
+    def hex(self) -> str:
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._sha.hexdigest()
+
+
 def write_weights(
     folder: Path,
     pieces: dict[str, Piece],
     metadata: dict[str, str],
     max_shard_bytes: int,
     written: Callable[[int], None] = lambda n: None,
-) -> list[str]:
-    """Write a diffusers weights folder: one file, or shards with an index; returns the file names."""
+) -> dict[str, str]:
+    """Write a diffusers weights folder: one file, or shards with an index; returns file name -> SHA-256 of weights."""
     shards: list[dict[str, Piece]] = [{}]
     size = 0
     for name, piece in pieces.items():
@@ -96,14 +127,16 @@ def write_weights(
         size += nbytes(piece)
     stem = "diffusion_pytorch_model"
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", shards[0].items(), metadata, written)
-        return [f"{stem}.safetensors"]
+        name = f"{stem}.safetensors"
+        return {name: write_safetensors(folder / name, shards[0].items(), metadata, written)}
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard.items(), metadata, written)
+    digests = {
+        name: write_safetensors(folder / name, shard.items(), metadata, written)
+        for name, shard in zip(names, shards, strict=True)
+    }
     index = {
         "metadata": {"total_size": sum(map(nbytes, pieces.values()))},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return [*names, f"{stem}.safetensors.index.json"]
+    return digests

@@ -594,6 +594,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.guide = guide
         self.set_tail_drop(tail_drop)
+        self.set_lite_cfg(None)
         self._constants: dict[tuple, torch.Tensor] = {}
 
         self.embedders = nn.ModuleList(
@@ -641,6 +642,13 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         if not 0 <= tail_drop < 1:
             raise ValueError(f"tail_drop must be in [0, 1), got {tail_drop}")
         self.tail_drop = float(tail_drop)
+
+    def set_lite_cfg(self, uncond: float | None) -> None:
+        """Drop this fraction for samples of the null class from now on, the unconditional half under guidance
+        (0 <= uncond < 1; None: as for the others; DC-DiT, Lite-CFG)."""
+        if uncond is not None and not 0 <= uncond < 1:
+            raise ValueError(f"uncond must be in [0, 1), got {uncond}")
+        self.uncond_tail_drop = uncond
 
     # -- constants, made once a device --------------------------------------------------------------------------------
 
@@ -753,7 +761,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             timestep: integer timesteps, [B] or a scalar.
             class_labels: class ids, [B]; ``num_classes`` and above are the null class.
             return_dict: False for a plain tuple ``(sample,)``.
-            tail_drop: fraction to drop, a float or fp32 [B] (Lite-CFG); default: what `set_tail_drop` set.
+            tail_drop: fraction to drop, a float or fp32 [B] (Lite-CFG); default: what `set_tail_drop` and
+                `set_lite_cfg` set.
             guide: weight k of the untrained start, a float or fp32 [B, 1]; default: ``self.guide``.
 
         Returns:
@@ -761,7 +770,11 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         """
         batch = hidden_states.shape[0]
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
-        tail_drop = self.tail_drop if tail_drop is None else tail_drop
+        if tail_drop is None:
+            tail_drop = self.tail_drop
+            if self.uncond_tail_drop is not None:
+                null = class_labels >= self.config.num_classes
+                tail_drop = torch.where(null, self.uncond_tail_drop, tail_drop)
         guide = self.guide if guide is None else guide
         embeddings = [embedder(timestep, class_labels) for embedder in self.embedders]
         conditions = [F.silu(c) for c in embeddings]

@@ -53,24 +53,38 @@ class DCDiTConfig:
 
 
 @dataclass(frozen=True)
+class StudentConfig:
+    """A converted model; ``values`` are the options of its `ChunkedDiT`."""
+
+    values: dict[str, Any]
+
+    @property
+    def in_channels(self) -> int:
+        return self.values["in_channels"]
+
+
+@dataclass(frozen=True)
 class Source:
     """Weights to start from. `open_source` makes it; nothing but headers has been read by then."""
 
-    kind: Literal["diffusers", "meta", "dc-dit"]
+    kind: Literal["diffusers", "meta", "dc-dit", "student"]
     spec: str
     """What the user wrote."""
     name: str
     """Stem for default output names: the last part of a Hub id, a folder's name, a file's stem."""
-    config: DiTConfig | DCDiTConfig
+    config: DiTConfig | DCDiTConfig | StudentConfig
     tensors: Mapping[str, LazyTensor]
     """For diffusers and meta: by the names of `DiTTransformer2DModel`, the embedder of every block for diffusers and
-    that of block 0 alone for meta. For dc-dit: by the authors' names, without wrappers' prefixes."""
+    that of block 0 alone for meta. For dc-dit: by the authors' names, without wrappers' prefixes. For students: by the
+    names of `ChunkedDiT`."""
     revision: str | None = None
     """Resolved commit, for Hub ids."""
     components: dict[str, Path] = field(default_factory=dict)
     """Folders of `vae` and `scheduler`, where known."""
     model_index: dict[str, Any] | None = None
     licence: str | None = None
+    origin: dict[str, Any] | None = None
+    """Content of the `upcycle.json` of a student."""
     notes: list[str] = field(default_factory=list)
     """Choices made on the user's behalf, one sentence each."""
 

@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout: a pipeline with a DiT as its transformer, or the transformer alone."""
+"""Folders in diffusers' layout: a pipeline with a DiT or a student as its transformer, or the transformer alone."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import yaml
 
+from upcycle import provenance
 from upcycle.errors import UpcycleError
-from upcycle.sources.description import DiTConfig, Source, dit_shapes
+from upcycle.sources.description import DiTConfig, Source, StudentConfig, dit_shapes
 from upcycle.sources.dit_config import model_kind, read_dit_config
 from upcycle.sources.safetensors_file import read_safetensors
+from upcycle.sources.student import blank_student, student_shapes
 from upcycle.sources.tensors import LazyTensor, check_tensors
 from upcycle.sources.torch_file import read_torch_file
 from upcycle.sources.weight_files import choose_file, read_json, shards_of
@@ -24,7 +26,7 @@ _IGNORED = {"pos_embed.pos_embed"}
 class Layout:
     """What the JSON files of a folder say. `subfolder` is "transformer", or "" where the folder is the transformer."""
 
-    config: DiTConfig
+    config: DiTConfig | StudentConfig
     subfolder: str
     model_index: dict[str, Any] | None
 
@@ -32,13 +34,13 @@ class Layout:
 def identify(spec: str, folder: Path, names: Iterable[str]) -> Layout:
     """Read the JSON files of `folder`, which holds (or will hold) the files `names`, given relative to it.
 
-    Raises `UpcycleError` that says what the folder is, if it is no DiT.
+    Raises `UpcycleError` that says what the folder is, if it is neither a DiT nor a student.
     """
     names = set(names)
     index = read_json(spec, folder / "model_index.json") if "model_index.json" in names else None
     if "transformer/config.json" in names:
         config = read_json(spec, folder / "transformer" / "config.json")
-        return Layout(read_dit_config(spec, config), "transformer", index)
+        return Layout(_read_config(spec, config), "transformer", index)
     if index is not None:
         parts = [str(entry[1]) for entry in index.values() if isinstance(entry, list) and len(entry) == 2]
         model = next((part for part in parts if "UNet" in part or "Transformer" in part), None)
@@ -66,10 +68,10 @@ def open_folder(
     names = list_files(spec, folder)
     layout = identify(spec, folder, names)
     config = layout.config
-    if heads is not None and heads != config.num_attention_heads:
-        raise UpcycleError(
-            f"{spec}: its config says {config.num_attention_heads} attention heads, not {heads}; leave --heads out"
-        )
+    student = isinstance(config, StudentConfig)
+    stated = config.values["num_attention_heads"] if isinstance(config, StudentConfig) else config.num_attention_heads
+    if heads is not None and heads != stated:
+        raise UpcycleError(f"{spec}: its config says {stated} attention heads, not {heads}; leave --heads out")
     notes: list[str] = []
     transformer = folder / layout.subfolder
     chosen = choose_file(spec, inside(names, layout.subfolder), variant, notes)
@@ -82,10 +84,15 @@ def open_folder(
                 raise UpcycleError(f"{spec}: tensor {tensor.name} is in two shards; fetch the folder again")
             if tensor.name not in _IGNORED:
                 tensors[tensor.name] = tensor
-    check_tensors(spec, dit_shapes(config, embedders=config.num_layers), tensors)
+    if isinstance(config, StudentConfig):
+        shapes = student_shapes(spec, config.values)
+    else:
+        shapes = dit_shapes(config, embedders=config.num_layers)
+    check_tensors(spec, shapes, tensors)
     components = _components(folder) if layout.subfolder else {}
+    origin = provenance.read(folder) if student else None
     return Source(
-        "diffusers",
+        "student" if student else "diffusers",
         spec,
         name,
         config,
@@ -93,9 +100,17 @@ def open_folder(
         revision=revision,
         components=components,
         model_index=layout.model_index,
-        licence=_licence(folder / "README.md"),
+        licence=origin["base"].get("licence") if origin else licence_of(folder / "README.md"),
+        origin=origin,
         notes=notes,
     )
+
+
+def _read_config(spec: str, config: dict[str, Any]) -> DiTConfig | StudentConfig:
+    if config.get("_class_name") != "ChunkedDiT":
+        return read_dit_config(spec, config)
+    options = {key: value for key, value in blank_student(spec, config).config.items() if not key.startswith("_")}
+    return StudentConfig({key: value for key, value in options.items() if key != "auto_map"})
 
 
 def list_files(spec: str, folder: Path) -> list[str]:
@@ -132,7 +147,7 @@ def _read_weights(path: Path) -> dict[str, LazyTensor]:
     return {name: file.lazy(name, tensor) for name, tensor in content.items()}
 
 
-def _licence(card: Path) -> str | None:
+def licence_of(card: Path) -> str | None:
     """The licence that a model card names in its YAML header; None if it names none, or is malformed."""
     try:
         start, header, _ = card.read_text(encoding="utf-8").split("---\n", 2)

@@ -61,8 +61,6 @@ def read_dit_config(spec: str, config: Mapping[str, Any]) -> DiTConfig:
     Raises `UpcycleError` naming the class if it is another model, or the first option that is not supported.
     """
     kind = model_kind(config)
-    if kind == "ChunkedDiT":
-        raise UpcycleError(f"{spec}: is a converted model already; give the DiT that it was made from")
     if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise UpcycleError(
             f"{spec}: is a {kind}, not a class-conditional DiT (DiTTransformer2DModel); give one of those"

@@ -7,9 +7,10 @@ are downloaded, and only one of several formats of the weights is fetched.
 import errno
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -21,10 +22,11 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from upcycle.errors import UpcycleError
-from upcycle.sources.diffusers_folder import identify, inside, list_files
+from upcycle.sources.diffusers_folder import Layout, identify, inside, list_files
 from upcycle.sources.weight_files import choose_file, pick_file, shards_of, variants
 
 _DESCRIPTIONS = [
@@ -32,6 +34,7 @@ _DESCRIPTIONS = [
     "config.json",
     "diffusion_pytorch_model.*.json",
     "README.md",
+    "upcycle.json",
     "LICENSE*",
     "transformer/*.json",
     "scheduler/*.json",
@@ -64,6 +67,49 @@ def fetch(spec: str, *, revision: str | None, variant: str | None) -> tuple[Path
         wanted += _vae_files(spec, folder, names, variant)
     _download(spec, commit, revision, wanted)
     return folder, commit
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """A repository without its weights: the folder with its descriptions, what they say, and its tensors' headers.
+
+    ``tensors``: name -> (shape, safetensors' name of the dtype); None where the weights are pickles.
+    """
+
+    folder: Path
+    commit: str
+    layout: Layout
+    tensors: dict[str, tuple[tuple[int, ...], str]] | None
+    files: list[str]
+
+
+def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glimpse:
+    """Look at the model "owner/name" without downloading weights: of those, headers are read by ranged requests.
+
+    Raises `UpcycleError` as `fetch` does.
+    """
+    folder = _download(spec, revision, revision, _DESCRIPTIONS)
+    commit = folder.name
+    names = _listing(spec, commit, folder)
+    layout = identify(spec, folder, names)
+    prefix = f"{layout.subfolder}/" if layout.subfolder else ""
+    chosen = choose_file(spec, inside(names, layout.subfolder), variant, [])
+    files = [prefix + shard for shard in shards_of(spec, folder / layout.subfolder, chosen)]
+    if not all(name.endswith(".safetensors") for name in files):
+        return Glimpse(folder, commit, layout, None, files)
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name in files:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(spec, name, revision=commit)
+        except Exception as error:
+            mended = explain(spec, revision, error)
+            if isinstance(error, SafetensorsParsingError):
+                mended = UpcycleError(f"{spec}: {name} is no safetensors file; take another --revision")
+            if mended is None:
+                raise
+            raise mended from error
+        tensors |= {tensor: (tuple(info.shape), info.dtype) for tensor, info in header.tensors.items()}
+    return Glimpse(folder, commit, layout, tensors, files)
 
 
 def fetch_vae(spec: str) -> Path:

@@ -1,6 +1,8 @@
 """Read a converted model back: an export's transformer, checked before it is used."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +11,20 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.sources.safetensors_file import read_safetensors
 from upcycle.sources.tensors import LazyTensor, check_finite, check_tensors
 from upcycle.sources.weight_files import choose_file, read_json, shards_of
+
+
+def blank_student(spec: str, config: Mapping[str, Any]) -> ChunkedDiT:
+    """The model of an export's ``transformer/config.json``, on the meta device; raises `UpcycleError` for a bad one."""
+    try:
+        with torch.device("meta"):
+            return ChunkedDiT.from_config(dict(config))
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UpcycleError(f"{spec}: transformer/config.json describes no ChunkedDiT ({error})") from error
+
+
+def student_shapes(spec: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of an export; raises `UpcycleError` for a bad config."""
+    return {name: tuple(tensor.shape) for name, tensor in blank_student(spec, config).state_dict().items()}
 
 
 def load_student(folder: Path) -> ChunkedDiT:
@@ -26,11 +42,7 @@ def load_student(folder: Path) -> ChunkedDiT:
     name = config.get("_class_name")
     if name != "ChunkedDiT":
         raise UpcycleError(f"{spec} holds a {name} and no converted model; make one with upcycle convert")
-    try:
-        with torch.device("meta"):
-            model = ChunkedDiT.from_config(config)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UpcycleError(f"{spec}: transformer/config.json describes no ChunkedDiT ({error})") from error
+    model = blank_student(spec, config)
     names = [path.name for path in transformer.iterdir()]
     chosen = choose_file(spec, names, None, [])
     if ".safetensors" not in chosen:

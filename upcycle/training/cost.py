@@ -28,7 +28,7 @@ from upcycle.sources.weight_files import read_json
 from upcycle.training.data import Batch
 from upcycle.training.fsdp import make_accelerator
 from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
-from upcycle.training.run import check, open_fitting_data, ranks
+from upcycle.training.run import check, open_fitting_data, ranks, student_folder
 from upcycle.training.state import RunState
 from upcycle.training.step import Updater
 
@@ -155,10 +155,11 @@ def _always_frozen(recipe: Recipe) -> set[str]:
 
 def _student(recipe: Recipe, source: Source) -> tuple[dict[str, Any], int]:
     """The student's full config, and the bytes of the start that the run will write."""
-    if recipe.student is None:
+    folder = student_folder(recipe)
+    if folder is None:
         plan = make_plan(source, Options(**recipe.convert.model_dump(), seed=recipe.seed))
         return plan.config, plan.bytes
-    path = Path(recipe.student) / "transformer" / "config.json"
+    path = folder / "transformer" / "config.json"
     if not path.is_file():
         raise UpcycleError(f"student {recipe.student} is no export: it has no transformer/config.json")
     theirs = read_json(f"student {recipe.student}", path)

@@ -1,5 +1,6 @@
 """A recipe from end to end: open the teacher, start the student, train, export."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiTTransformer2DModel
 
+from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.graft.components import with_vae
 from upcycle.graft.convert import convert
@@ -22,8 +24,9 @@ from upcycle.latents.reader import LatentFolder
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import check_output, disk_full, write_text
 from upcycle.recipe import Recipe
-from upcycle.sources import DiTConfig, Source, open_source
+from upcycle.sources import DiTConfig, Source, hub, open_source
 from upcycle.sources.weight_files import read_json
+from upcycle.training import results
 from upcycle.training.data import TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
@@ -55,8 +58,23 @@ def open_teacher(recipe: Recipe) -> Source:
     spec = str(TEACHER) if recipe.teacher == "digits" else recipe.teacher
     source = open_source(spec, revision=recipe.revision, weights=recipe.weights, heads=recipe.heads)
     if not isinstance(source.config, DiTConfig):
-        raise UpcycleError(f"teacher {recipe.teacher} is a DC-DiT; a fixed-patch DiT is needed")
+        raise UpcycleError(
+            f"teacher {recipe.teacher} is a converted model or a DC-DiT; give the fixed-patch DiT that it was made from"
+        )
+    if recipe.teacher == "digits":
+        source = dataclasses.replace(source, spec="digits")
     return with_vae(source, recipe.vae) if recipe.vae else source
+
+
+def student_folder(recipe: Recipe) -> Path | None:
+    """The export that a recipe starts from, fetched where it is a Hub id; None where the teacher is converted."""
+    if recipe.student is None:
+        return None
+    if not Path(recipe.student).exists() and hub.is_hub_id(recipe.student):
+        return hub.fetch(recipe.student, revision=recipe.student_revision, variant=None)[0]
+    if recipe.student_revision is not None:
+        raise UpcycleError(f"student_revision is for Hub ids, and student {recipe.student} is none; leave it out")
+    return Path(recipe.student)
 
 
 def check(recipe: Recipe) -> Source:
@@ -80,7 +98,7 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
         UpcycleError: ``out`` holds a run already (without ``resume``), or a part of the recipe does not fit.
     """
     out = Path(recipe.out)
-    start = out / "start" if recipe.student is None else Path(recipe.student)
+    start = student_folder(recipe) or out / "start"
     if out.exists() and not out.is_dir():
         raise UpcycleError(f"out {out} is a file; choose another 'out'")
     check_output(out / "export", force=True, keep=(start,))
@@ -131,7 +149,8 @@ def _check_preview(recipe: Recipe, source: Source) -> None:
     needed = {"vae", "scheduler"}
     if recipe.student is None and not needed <= source.components.keys():
         raise UpcycleError(f"preview needs a VAE and teacher {recipe.teacher} has none; add one with 'vae'")
-    if recipe.student is not None and not all((Path(recipe.student) / name).is_dir() for name in needed):
+    folder = student_folder(recipe)
+    if folder is not None and not all((folder / name).is_dir() for name in needed):
         raise UpcycleError(f"preview needs a VAE and student {recipe.student} has none; convert it with one (--vae)")
     if max(recipe.preview.labels, default=0) >= source.config.num_classes:
         raise UpcycleError(
@@ -161,6 +180,13 @@ def _check_batch(recipe: Recipe, number: int) -> None:
                 f"losses.ratio_group {group} of stage {stage.name} does not divide the {share} samples that a rank "
                 f"sees at once (batch_size {recipe.batch_size} / {parts}); choose a divisor of {share}"
             )
+
+
+def _describe_data(spec: str, data: TensorData | LatentFolder) -> dict[str, Any]:
+    index = (data.index if isinstance(data, LatentFolder) else None) or {}
+    return {"data": spec, "samples": len(data)} | {
+        key: index[key] for key in ("command", "source", "teacher") if key in index
+    }
 
 
 def _open_student(start: Path, teacher: DiTConfig) -> ChunkedDiT:
@@ -213,6 +239,14 @@ def finetune(
         raise
     export = out / "export"
     if ranks().is_main_process:
-        export_student(student, prepared.start, export)
+        result = results.read(out, recipe)
+        done = provenance.event(
+            "finetune",
+            steps=result.steps,
+            exported_step=result.step,
+            data=_describe_data(recipe.data, prepared.data),
+            recipe=recipe.model_dump(mode="json"),
+        )
+        export_student(student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures)
     ranks().wait_for_everyone()
     return export

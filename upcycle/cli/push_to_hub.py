@@ -1,0 +1,160 @@
+"""`upcycle push-to-hub`: share an export, with a model card."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upcycle.errors import UpcycleError
+
+EPILOG = """
+[bold]Examples[/bold]\n
+  upcycle push-to-hub\n
+  upcycle push-to-hub runs/xl4/export you/DiT-XL-2-dc4 --private\n
+  upcycle push-to-hub runs/xl4/export --dry-run\n
+  upcycle push-to-hub runs/xl4/export lab/model --create-pr --accept-license --yes\n
+\n
+Files that are there already are skipped, and the same command again goes on where an upload was interrupted. What you
+change in the card on the Hub stays as you wrote it.\n
+"""
+
+
+def push_to_hub(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="An export. Default: the newest one below the current folder."),
+    ] = None,
+    repo: Annotated[
+        str | None, typer.Argument(metavar="[REPO]", help="owner/name. Default: you, and the folder's or run's name.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", help="Commit to this branch; made where it is missing.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="Share under a base licence with restrictions, such as CC-BY-NC.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the export's own code where it is not this version's."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files, sizes and the card; send nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Check an export, write its model card, and send both to the Hugging Face Hub as one commit."""
+    if branch and create_pr:
+        raise UpcycleError("--branch and --create-pr exclude each other: a pull request has a branch of its own")
+
+    from upcycle.cli.show import print_json, quiet_libraries, stderr, stdout, working
+
+    quiet_libraries()
+    with working("loading"):
+        from huggingface_hub.utils import disable_progress_bars
+
+        from upcycle.hub import licence, push
+        from upcycle.hub.check import check_export
+
+    chosen = folder or push.find_export(Path.cwd())
+    user = None
+    with working("asking the Hub who you are"):
+        try:
+            user = push.identify()
+        except UpcycleError:
+            if not dry_run:
+                raise
+    owner = user["name"] if user else "<you>"
+    repo_id = repo or f"{owner}/{push.default_name(chosen)}"
+    stderr.print(f"{chosen} -> {repo_id}" + (f", branch {branch}" if branch else ""))
+    with working(f"checking {chosen}: hashes, shapes, a forward pass in stock diffusers"):
+        export = check_export(chosen, trust_remote_code=trust_remote_code)
+    if not dry_run:
+        licence.check_licence(export.source.licence, accepted=accept_license)
+    with working(f"looking at {repo_id}"):
+        planned = push.plan_push(
+            export,
+            repo_id if repo or user else f"you/{push.default_name(chosen)}",
+            user,
+            branch=branch,
+            create_pr=create_pr,
+            private=private,
+        )
+    if dry_run:
+        _show_plan(planned, user, as_json)
+        return
+    for note in export.notes:
+        stderr.print(f"note: {note}")
+    if planned.kept:
+        stderr.print(f"note: edited on the Hub and kept: {', '.join(planned.kept)}")
+    _confirm(planned, yes)
+    disable_progress_bars() if as_json else None
+    url = push.push(planned, on_step=stderr.print)
+    if as_json:
+        print_json({**_facts(planned), "url": url})
+        return
+    stdout.print(url, style="bold")
+
+
+def _facts(planned: Any) -> dict[str, Any]:
+    return {
+        "export": str(planned.export.folder),
+        "repo": planned.repo_id,
+        "branch": planned.branch,
+        "create_pr": planned.create_pr,
+        "new": planned.new,
+        "licence": planned.export.source.licence,
+        "files": {**planned.export.files, "README.md": len(planned.card.encode())},
+        "delete": planned.delete,
+        "bytes": planned.bytes,
+        "kept_edits": planned.kept,
+        "notes": planned.export.notes,
+    }
+
+
+def _show_plan(planned: Any, user: dict[str, Any] | None, as_json: bool) -> None:
+    from upcycle.cli.show import print_json, size, stdout
+    from upcycle.hub.licence import check_licence
+
+    refused = None
+    try:
+        check_licence(planned.export.source.licence, accepted=False)
+    except UpcycleError as error:
+        refused = str(error)
+    if as_json:
+        print_json({**_facts(planned), "card": planned.card, "logged_in": user is not None, "refused": refused})
+        return
+    from rich.table import Table
+
+    table = Table("file", "size")
+    for name, count in _facts(planned)["files"].items():
+        table.add_row(name, size(count))
+    for name in planned.delete:
+        table.add_row(name, "deleted there")
+    stdout.print(table, soft_wrap=False)
+    where = "a new repository" if planned.new else "a repository that is there already"
+    stdout.print(f"{planned.repo_id}: {where}; {size(planned.bytes)}")
+    for note in planned.export.notes:
+        stdout.print(f"note: {note}")
+    if user is None:
+        stdout.print("note: not logged in, so your rights were not checked")
+    if refused:
+        stdout.print(f"note: without --accept-license it would stop here: {refused}")
+    if planned.kept:
+        stdout.print(f"note: edited on the Hub and kept: {', '.join(planned.kept)}")
+    stdout.print("\nREADME.md:\n")
+    stdout.print(planned.card)
+
+
+def _confirm(planned: Any, yes: bool) -> None:
+    from upcycle.cli.show import size, stderr
+
+    what = "a new private repository" if planned.private and planned.new else "a new public repository"
+    where = what if planned.new else "a pull request" if planned.create_pr else "the repository that is there"
+    stderr.print(f"{len(planned.export.files) + 1} files, {size(planned.bytes)}, to {planned.repo_id} ({where})")
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UpcycleError("nothing was sent: there is nobody to ask; pass --yes to push from a script")
+    typer.confirm("Send them?", abort=True, err=True)

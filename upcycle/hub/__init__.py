@@ -1,0 +1,1 @@
+"""Sharing an export on the Hugging Face Hub: checks, model card, upload."""

@@ -1,0 +1,110 @@
+"""Is an export whole, unchanged, and does it load for others? Asked before anything is sent."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upcycle import provenance
+from upcycle.errors import UpcycleError
+from upcycle.hub import load
+from upcycle.models import chunked_dit, identity_vae
+from upcycle.sources import Source, StudentConfig, open_source
+
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_CODE = {hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (chunked_dit, identity_vae)}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checked export: ``files`` to send (relative to ``folder``, with their bytes), what it is, what to know."""
+
+    folder: Path
+    source: Source
+    files: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """The content of its `upcycle.json`."""
+        return self.source.origin
+
+
+def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
+    """Check shapes, hashes and that stock diffusers loads it in a fresh process, where one forward pass is finite.
+
+    ``trust_remote_code``: run the code in ``folder`` although it is not this version's.
+
+    Raises:
+        UpcycleError: no export, or one that is damaged, changed or does not load.
+    """
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UpcycleError(
+            f"{folder} is no export: it lacks transformer/config.json; give what convert or finetune made"
+        )
+    source = open_source(str(folder))
+    if not isinstance(source.config, StudentConfig):
+        raise UpcycleError(f"{folder} is a fixed-patch DiT and no converted model; convert it first")
+    notes = []
+    present = provenance.content(folder)
+    if source.origin is None:
+        files = present
+        notes.append(
+            f"{provenance.FILE} is missing, so hashes were not checked and the card cannot say how it was made"
+        )
+    else:
+        files = [provenance.FILE, *_check_hashes(folder, source.origin["files"])]
+        if more := sorted(set(present) - set(files)):
+            notes.append(
+                f"left out, because no part of the export: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}"
+            )
+    _check_code(folder, [name for name in files if name.endswith(".py")], trust_remote_code)
+    _load(folder, source.config)
+    return Export(folder, source, {name: (folder / name).stat().st_size for name in sorted(files)}, notes)
+
+
+def _check_hashes(folder: Path, files: dict[str, Any]) -> list[str]:
+    for name, stated in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UpcycleError(f"{folder}/{provenance.FILE} names {name}, which is outside of the folder; export again")
+        if not path.is_file():
+            raise UpcycleError(f"{folder}: {name}, which {provenance.FILE} lists, is not there; export the model again")
+        if path.stat().st_size != stated["bytes"] or provenance.digest(path) != stated["sha256"]:
+            raise UpcycleError(
+                f"{folder}: {name} is not what was exported (its SHA-256 differs from {provenance.FILE}); "
+                "export the model again"
+            )
+    return list(files)
+
+
+def _check_code(folder: Path, names: list[str], trust: bool) -> None:
+    strange = [name for name in names if provenance.digest(folder / name) not in _CODE]
+    if strange and not trust:
+        raise UpcycleError(
+            f"{folder}: {strange[0]} is not the code of this version of upcycle; export the model again, or read it "
+            "and pass --trust-remote-code"
+        )
+
+
+def _load(folder: Path, config: StudentConfig) -> None:
+    """Raise `UpcycleError` unless stock diffusers loads the folder in a process that knows nothing of ours."""
+    with tempfile.TemporaryDirectory(prefix="upcycle-check-") as modules:
+        environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "DIFFUSERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [sys.executable, "-I", load.__file__, str(folder.resolve())],
+            env=environment, cwd=modules, capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"])[-1]
+        raise UpcycleError(f"{folder} does not load in stock diffusers: {why[:300]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    size = config.values["sample_size"]
+    if found["shape"] != [2, config.values["out_channels"], size, size] or not found["finite"]:
+        raise UpcycleError(f"{folder}: its forward pass gives NaN, infinities or another shape; export the model again")

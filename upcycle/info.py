@@ -1,0 +1,112 @@
+"""What a model is, read off descriptions and headers alone: `upcycle info`."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycle import provenance
+from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
+from upcycle.graft.plan import full_config
+from upcycle.sources import DCDiTConfig, DiTConfig, Source, StudentConfig, hub, open_source
+from upcycle.sources.diffusers_folder import licence_of
+
+_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_HEADS_WIDTH_LAYERS = {(6, 384, 12): "S", (12, 768, 12): "B", (16, 1024, 24): "L", (16, 1152, 28): "XL"}
+
+
+def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
+    """All that is known of an export, a teacher or a Hub id without reading weights.
+
+    Returns:
+        ``kind`` ("student", "teacher" or "dc-dit"), ``shape`` (a dict), ``parameters``, ``dtypes`` (parameters by
+        dtype), ``bytes`` of the weights (these three None where only a pickle knows), for students ``scaffold``,
+        ``router``, ``ratio`` and ``tail_drop``; ``flops_per_image``, ``licence``, ``revision`` and ``provenance``
+        (`upcycle.json`, None where there is none).
+
+    Raises:
+        UpcycleError: nothing there, another kind of model, damaged files; see `open_source`.
+    """
+    if Path(spec).expanduser().exists() or not hub.is_hub_id(spec):
+        source = open_source(spec, revision=revision)
+        return _facts(spec, source.config, _headers(source), source.revision, source.licence, source.origin)
+    seen = hub.peek(spec, revision=revision)
+    origin = provenance.read(seen.folder)
+    licence = licence_of(seen.folder / "README.md") or (origin or {"base": {}})["base"].get("licence")
+    return _facts(spec, seen.layout.config, seen.tensors, seen.commit, licence, origin)
+
+
+def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {
+        name: (tensor.shape, _DTYPES.get(str(tensor.dtype), str(tensor.dtype)))
+        for name, tensor in source.tensors.items()
+    }
+
+
+def _facts(
+    spec: str,
+    config: DiTConfig | DCDiTConfig | StudentConfig,
+    tensors: Mapping[str, tuple[tuple[int, ...], str]] | None,
+    revision: str | None,
+    licence: str | None,
+    origin: dict[str, Any] | None,
+) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for shape, dtype in (tensors or {}).values():
+        dtypes[dtype] += math.prod(shape)
+    facts = {
+        "model": spec,
+        "kind": _kind(config),
+        "revision": revision,
+        "licence": licence,
+        "shape": _shape(config),
+        "parameters": dtypes.total() if tensors is not None else None,
+        "dtypes": dict(dtypes) if tensors is not None else None,
+        "bytes": sum(n * _BYTES.get(dtype, 4) for dtype, n in dtypes.items()) if tensors is not None else None,
+        "flops_per_image": None,
+    }
+    if isinstance(config, DiTConfig):
+        facts["flops_per_image"] = {"0": PAPER_STEPS * dit_flops(vars(config))}
+    if isinstance(config, StudentConfig):
+        values = full_config(config.values)
+        facts |= {
+            "scaffold": values["scaffold"],
+            "router": values["router"],
+            "ratio": values["ratio"],
+            "tail_drop": {"default": values.get("tail_drop", 0.0), "trained_with": trained_tail_drops(origin)},
+            "flops_per_image": student_flops_by_tail_drop(values),
+        }
+    return facts | {"provenance": origin}
+
+
+def _kind(config: DiTConfig | DCDiTConfig | StudentConfig) -> str:
+    return {DiTConfig: "teacher", DCDiTConfig: "dc-dit", StudentConfig: "student"}[type(config)]
+
+
+def _shape(config: DiTConfig | DCDiTConfig | StudentConfig) -> dict[str, Any]:
+    values = config.values if isinstance(config, StudentConfig) else vars(config)
+    if isinstance(config, DCDiTConfig):
+        heads, width, layers, patch = config.heads, config.d_model, config.layers, None
+    else:
+        heads, layers, patch = values["num_attention_heads"], values["num_layers"], values["patch_size"]
+        width = heads * values["attention_head_dim"]
+    size = _HEADS_WIDTH_LAYERS.get((heads, width, layers))
+    return {
+        "name": f"{size}/{patch}" if size and patch else size,
+        "layers": layers,
+        "heads": heads,
+        "width": width,
+        "patch_size": patch,
+        **{key: values[key] for key in ("sample_size", "in_channels", "out_channels", "num_classes")},
+    }
+
+
+def trained_tail_drops(origin: Mapping[str, Any] | None) -> list[float] | None:
+    """The tail drops of a student's post-training, sorted; None where it had none, or it is not known."""
+    values: set[float] = set()
+    for event in (origin or {}).get("history", []):
+        for stage in (event.get("recipe") or {}).get("stages", []):
+            values |= set(stage["tail_drop"]["values"])
+    return sorted(values) or None

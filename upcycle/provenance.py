@@ -1,0 +1,134 @@
+"""Where an export comes from: `upcycle.json` beside the weights, and the same inside their files."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UpcycleError
+from upcycle.output import to_json, write_text
+
+FILE = "upcycle.json"
+_PACKAGES = ("upcycle", "torch", "diffusers", "safetensors", "accelerate")
+# Options that change where things go and what is printed, and nothing in the weights.
+_PLACES, _SWITCHES = ("-o", "--out"), ("--force", "--json", "--no-verify", "--resume", "--debug")
+# People edit the card; the rest is what was exported.
+_UNHASHED = {FILE, "README.md", ".gitattributes"}
+
+
+def command() -> str | None:
+    """The command line that is running, as a user would type it; None where the package is used as a library."""
+    if Path(sys.argv[0]).name not in ("upcycle", "__main__.py"):
+        return None
+    # A resumed run is the run that began: it ends with the same bytes.
+    return shlex.join(["upcycle", *(word for word in sys.argv[1:] if word not in ("--resume", "--debug"))])
+
+
+def event(what: str, **details: Any) -> dict[str, Any]:
+    """One line of an export's history: what was done, with which command, options and versions."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"what": what, "command": command(), **details, "versions": versions | {"python": platform.python_version()}}
+
+
+def metadata(base: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str, str]:
+    """The header entries of an export's safetensors files.
+
+    Outputs are left out of commands and recipes: equal conversions and runs have equal files, wherever they lie.
+    """
+    return {"format": "pt", "upcycle": json.dumps({"base": base, "history": [_placeless(done) for done in history]})}
+
+
+def _placeless(done: dict[str, Any]) -> dict[str, Any]:
+    done = dict(done)
+    if done.get("command"):
+        words, kept = iter(shlex.split(done["command"])), []
+        for word in words:
+            if word in _PLACES:
+                next(words, None)
+            elif word not in _SWITCHES and not word.startswith(tuple(f"{place}=" for place in _PLACES)):
+                kept.append(word)
+        done["command"] = shlex.join(kept)
+    if done.get("recipe"):
+        done["recipe"] = {key: value for key, value in done["recipe"].items() if key != "out"}
+    return done
+
+
+def write(
+    folder: Path,
+    base: Mapping[str, Any],
+    history: list[dict[str, Any]],
+    *,
+    evidence: list[dict[str, Any]] | None = None,
+    sha256: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``folder/upcycle.json``.
+
+    Args:
+        base: ``id``, ``kind``, ``revision`` (None for local paths) and ``licence`` (None where unknown) of the teacher.
+        history: `event` by `event`, oldest first.
+        evidence: what was measured, see `add_evidence`.
+        sha256: digests that are known already, by file name relative to the folder; the others are computed.
+    """
+    known = sha256 or {}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": known.get(name) or digest(folder / name)}
+        for name in content(folder)
+    }
+    write_text(folder / FILE, to_json({"base": base, "history": history, "evidence": evidence or [], "files": files}))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What `write` wrote; None for an export without it.
+
+    Raises:
+        UpcycleError: it is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UpcycleError(f"{path} is damaged ({error}); export the model again") from error
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The content of an `upcycle.json`; raises ValueError where it is not one."""
+    found = json.loads(text)
+    kinds = {"base": dict, "history": list, "evidence": list, "files": dict}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError("it lacks base, history, evidence or files")
+    return found
+
+
+def add_evidence(folder: Path, *found: dict[str, Any]) -> None:
+    """Add measurements to the `upcycle.json` of an export, and its new files to the list of files.
+
+    Each has ``metric``, ``student`` and ``teacher`` (None where not measured), ``better`` ("lower" or "higher") and
+    ``settings`` (a flat dict of how it was measured).
+    """
+    now = read(folder)
+    assert now is not None, folder
+    known = {name: file["sha256"] for name, file in now["files"].items() if (folder / name).is_file()}
+    write(folder, now["base"], now["history"], evidence=[*now["evidence"], *found], sha256=known)
+
+
+def content(folder: Path) -> list[str]:
+    """Files that belong to an export, relative to it; not those that users edit, nor hidden or cached ones."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        name.as_posix()
+        for name in names
+        if name.as_posix() not in _UNHASHED and not any(p.startswith((".", "__pycache__")) for p in name.parts)
+    )
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
