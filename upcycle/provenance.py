@@ -107,7 +107,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def add_evidence(folder: Path, *found: dict[str, Any]) -> None:
-    """Add measurements to the `upcycle.json` of an export, and its new files to the list of files.
+    """Add measurements to the `upcycle.json` of an export (again: replace them), and its new files to the list.
 
     Each has ``metric``, ``student`` and ``teacher`` (None where not measured), ``better`` ("lower" or "higher") and
     ``settings`` (a flat dict of how it was measured).
@@ -115,7 +115,9 @@ def add_evidence(folder: Path, *found: dict[str, Any]) -> None:
     now = read(folder)
     assert now is not None, folder
     known = {name: file["sha256"] for name, file in now["files"].items() if (folder / name).is_file()}
-    write(folder, now["base"], now["history"], evidence=[*now["evidence"], *found], sha256=known)
+    keys = [(new["metric"], new["settings"]) for new in found]
+    older = [old for old in now["evidence"] if (old["metric"], old["settings"]) not in keys]
+    write(folder, now["base"], now["history"], evidence=[*older, *found], sha256=known)
 
 
 def content(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ EPILOG = """
 [bold]Examples[/bold]\n
   upcycle push-to-hub\n
   upcycle push-to-hub runs/xl4/export you/DiT-XL-2-dc4 --private\n
-  upcycle push-to-hub runs/xl4/export --dry-run\n
+  upcycle push-to-hub runs/xl4/export --measure --dry-run\n
   upcycle push-to-hub runs/xl4/export lab/model --create-pr --accept-license --yes\n
 \n
 Files that are there already are skipped, and the same command again goes on where an upload was interrupted. What you
@@ -40,6 +40,10 @@ def push_to_hub(
         bool,
         typer.Option("--trust-remote-code", help="Run the export's own code where it is not this version's."),
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="First draw samples and router maps for the card, and time them.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Where to --measure: cpu, cuda ... Default: cuda if any.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files, sizes and the card; send nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -68,19 +72,21 @@ def push_to_hub(
     owner = user["name"] if user else "<you>"
     repo_id = repo or f"{owner}/{push.default_name(chosen)}"
     stderr.print(f"{chosen} -> {repo_id}" + (f", branch {branch}" if branch else ""))
+    if measure:
+        _measure(chosen, device)
     with working(f"checking {chosen}: hashes, shapes, a forward pass in stock diffusers"):
         export = check_export(chosen, trust_remote_code=trust_remote_code)
     if not dry_run:
         licence.check_licence(export.source.licence, accepted=accept_license)
     with working(f"looking at {repo_id}"):
-        planned = push.plan_push(
-            export,
-            repo_id if repo or user else f"you/{push.default_name(chosen)}",
-            user,
-            branch=branch,
-            create_pr=create_pr,
-            private=private,
-        )
+        named = repo_id.replace("<you>", "you")
+        try:
+            planned = push.plan_push(export, named, user, branch=branch, create_pr=create_pr, private=private)
+        except UpcycleError as error:
+            if user:
+                raise
+            planned = push.plan_unseen(export, named, branch=branch, create_pr=create_pr, private=private)
+            export.notes.append(f"what is there was not looked at ({error})")
     if dry_run:
         _show_plan(planned, user, as_json)
         return
@@ -95,6 +101,18 @@ def push_to_hub(
         print_json({**_facts(planned), "url": url})
         return
     stdout.print(url, style="bold")
+
+
+def _measure(folder: Path, device: str | None) -> None:
+    from upcycle.cli.device import to_device
+    from upcycle.cli.show import progress
+    from upcycle.hub.measure import FORWARDS, measure
+    from upcycle.sampling.pipeline import load_pipeline
+
+    pipe = to_device(load_pipeline(str(folder)), device)
+    with progress() as bar:
+        task = bar.add_task("sampling for the card", total=FORWARDS)
+        measure(folder, pipe, step=lambda: bar.advance(task))
 
 
 def _facts(planned: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from upcycle.sources import StudentConfig, hub
 
 NOT_MEASURED = "not measured"
 CAPTIONS = {
-    "samples.png": "Samples from the same seeds",
+    "samples.png": "Samples",
     "router.png": "What the router keeps, along the noise levels",
     "compression.png": "Tokens kept against the timestep while sampling",
 }
@@ -110,7 +110,7 @@ def _summary(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any])
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"A class-conditional Diffusion Transformer with dynamic chunking, made from {name} with "
-        f"[upcycle](https://pypi.org/project/upcycle/) {__version__}; {state}. An encoder and a router around the "
+        f"upcycle {__version__}; {state}. An encoder and a router around the "
         "pretrained blocks keep few tokens where the image is smooth or still noise, and many where there is detail "
         f"(DC-DiT, [arXiv 2603.06351](https://arxiv.org/abs/2603.06351)): here {kept}. "
         f"Scaffold: {config['scaffold']}; router: {config['router']}."

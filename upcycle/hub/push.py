@@ -21,7 +21,7 @@ from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.hub.card import Card, edited_parts, make_card, render
 from upcycle.hub.check import Export
-from upcycle.sources.hub import explain
+from upcycle.sources.hub import causes, explain
 
 CARD = "README.md"
 # Folders whose names say nothing about the model in them.
@@ -148,6 +148,11 @@ def plan_push(
     return _planned(export, repo_id, branch, create_pr, private, new=False, existing=existing, before=before)
 
 
+def plan_unseen(export: Export, repo_id: str, *, branch: str | None, create_pr: bool, private: bool) -> Push:
+    """As `plan_push`, without asking the Hub: as if there were nothing yet."""
+    return _planned(export, repo_id, branch, create_pr, private, new=True, existing=None, before=None)
+
+
 def _planned(
     export: Export,
     repo_id: str,
@@ -227,16 +232,31 @@ def push(planned: Push, *, on_step: Callable[[str], None] = lambda what: None) -
     ]
     card = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=planned.card.encode())
     gone = [CommitOperationDelete(path_in_repo=name) for name in planned.delete]
+    before = _head(repo, planned.branch)
     on_step(f"uploading to {repo}")
     with _explained(repo, undone):
-        done = api.create_commit(
-            repo,
-            [*files, card, *gone],
-            commit_message="Upload a model made by upcycle",
-            revision=planned.branch,
-            create_pr=planned.create_pr,
-        )
+        try:
+            done = api.create_commit(
+                repo,
+                [*files, card, *gone],
+                commit_message="Upload a model made by upcycle",
+                revision=planned.branch,
+                create_pr=planned.create_pr,
+            )
+        except Exception as error:
+            if planned.create_pr or not _disconnected(error):
+                raise
+            # The connection may have broken after the commit was made.
+            now = _head(repo, planned.branch)
+            if now == before:
+                raise
+            return f"{constants.ENDPOINT}/{repo}/commit/{now}"
     return done.pr_url or done.commit_url
+
+
+def _head(repo_id: str, branch: str | None) -> str | None:
+    with _explained(repo_id, "it is not known whether it was committed; run the command again"):
+        return HfApi().model_info(repo_id, revision=branch).sha
 
 
 @contextmanager
@@ -254,19 +274,35 @@ def _explained(spec: str, state: str | None = None) -> Iterator[None]:
 
 
 def _line(spec: str, error: Exception) -> str | None:
-    if isinstance(error, BadRequestError):
-        said = " ".join((error.server_message or "").split())[:200]
-        return f"{spec}: the Hub refuses the request ({said or 'it does not say why'})"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return f"{spec}: the Hub denies it ({status}); check the name, and that your token may write there"
-        if status == 429:
-            return f"{spec}: the Hub asks for a pause (429, too many requests); wait some minutes"
-        if status == 409:
-            return f"{spec}: the Hub reports a conflict (409), perhaps of another push at the same time"
-        return f"{spec}: the Hub answers with an error ({status}); try again later"
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+    """What a user can do about an error of the Hub; None where that is nothing.
+
+    Made here and not copied from the error, whose text may quote request headers.
+    """
+    if isinstance(error, ValueError) and "README" in str(error):
+        return f"{spec}: the Hub refuses the metadata of the model card; mend what was edited at the top of README.md"
+    for cause in causes(error):
+        if isinstance(cause, BadRequestError):
+            said = " ".join((cause.server_message or "").split())[:200]
+            return f"{spec}: the Hub refuses the request ({said or 'it does not say why'})"
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            if status in (401, 403):
+                return f"{spec}: the Hub denies it ({status}); check the name, and that your token may write there"
+            if status == 429:
+                return f"{spec}: the Hub asks for a pause (429, too many requests); wait some minutes"
+            if status in (409, 412):
+                return f"{spec}: somebody else changed it meanwhile ({status})"
+            return f"{spec}: the Hub answers with an error ({status}); try again later"
+    if _disconnected(error):
         return f"{spec}: the connection to {constants.ENDPOINT} failed"
     mended = explain(spec, None, error)
     return None if mended is None else str(mended)
+
+
+def _disconnected(error: Exception) -> bool:
+    # Transport errors come from the HTTP library in use, which the hub library has changed before.
+    return any(
+        isinstance(cause, ConnectionError | TimeoutError)
+        or (type(cause).__module__.startswith("httpx") and not hasattr(cause, "response"))
+        for cause in causes(error)
+    )

@@ -162,7 +162,7 @@ def explain(spec: str, revision: str | None, error: Exception) -> UpcycleError |
 
     The message is made here, never copied from the error, whose text may quote request headers.
     """
-    chain = list(_causes(error))
+    chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return UpcycleError(
@@ -210,7 +210,7 @@ def _hub_line(spec: str, revision: str | None, error: BaseException) -> str | No
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

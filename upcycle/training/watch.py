@@ -19,6 +19,7 @@ from upcycle.output import disk_full
 from upcycle.recipe import Recipe
 from upcycle.sampling.draw import clamp_null_class, draw
 from upcycle.sampling.pipeline import load_vae_and_scheduler
+from upcycle.sampling.trajectory import Trajectory
 from upcycle.training import schedule
 from upcycle.training.data import TensorData
 from upcycle.training.log import Rows
@@ -28,7 +29,6 @@ VALIDATION_COLUMNS = (
     "step", "student", "teacher", "tokens_kept",
     *(f"{what}_t{t}" for what in ("student", "teacher", "tokens") for t in TIMESTEPS),
 )  # fmt: skip
-MAPS = 7  # router maps along a trajectory
 
 
 class Watch:
@@ -156,7 +156,7 @@ class Watch:
             clamp = clamp_null_class(self._teacher)
             self._teacher_images = self._draw(self._teacher, vae, scheduler)
             clamp.remove()  # it takes labels by name only
-        trajectory = _Trajectory(self._student, len(preview.labels), preview.steps)
+        trajectory = Trajectory(self._student, len(preview.labels), preview.steps)
         with run.averaged(self._student, self._guide), trajectory as seen:
             images = self._draw(self._student, vae, scheduler)
         if not self._accelerator.is_main_process:
@@ -180,37 +180,6 @@ class Watch:
         pipe.set_progress_bar_config(disable=True)
         seeds = [preview.seed + i for i in range(len(preview.labels))]
         return draw(pipe, preview.labels, seeds, preview.steps, preview.guidance_scale).cpu()
-
-
-class _Trajectory:
-    """Records a few router decisions of a sampling run: lists over calls of x_t [n, C, H, W] and [n, H, W]."""
-
-    def __init__(self, student: torch.nn.Module, count: int, steps: int):
-        self.x_t: list[torch.Tensor] = []
-        self.probability: list[torch.Tensor] = []
-        self.mask: list[torch.Tensor] = []
-        self.timesteps: list[int] = []
-        self._student, self._count = student, min(count, 4)
-        self._wanted = {round(i * (steps - 1) / (MAPS - 1)) for i in range(MAPS)}
-        self._call = 0
-
-    def __enter__(self) -> "_Trajectory":
-        self._handle = self._student.register_forward_hook(self._look, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._handle.remove()
-
-    def _look(self, module, args, kwargs, output) -> None:
-        if self._call in self._wanted:
-            x_t = args[0][: self._count].cpu()
-            self.x_t.append(x_t)
-            for name in ("probability", "mask"):
-                getattr(self, name).append(
-                    getattr(output.routing, name)[: self._count].unflatten(1, x_t.shape[-2:]).cpu()
-                )
-            self.timesteps.append(int(kwargs["timestep"][0]))
-        self._call += 1
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
