@@ -77,7 +77,7 @@ def open_folder(
     for shard in shards_of(spec, transformer, chosen):
         if not (transformer / shard).is_file():
             raise UpcycleError(f"{spec}: {shard}, which {chosen} names, is not there; fetch the folder again")
-        for tensor in _read_weights(transformer / shard).values():
+        for tensor in read_weights(transformer / shard).values():
             if tensor.name in tensors:
                 raise UpcycleError(f"{spec}: tensor {tensor.name} is in two shards; fetch the folder again")
             if tensor.name not in _IGNORED:
@@ -122,7 +122,8 @@ def _components(folder: Path) -> dict[str, Path]:
     return {part: folder / part for part, config in configs.items() if (folder / part / config).is_file()}
 
 
-def _read_weights(path: Path) -> dict[str, LazyTensor]:
+def read_weights(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one weight file, safetensors or `.bin`; raises `UpcycleError` if it holds anything else."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     file = read_torch_file(path)
