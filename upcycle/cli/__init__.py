@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from upcycle.cli import convert, demo, encode, finetune, recipes, sample, synthesize
+from upcycle.cli import convert, demo, encode, export, finetune, recipes, sample, synthesize
 from upcycle.errors import UpcycleError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("synthesize", epilog=synthesize.EPILOG)(synthesize.synthesize)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.add_typer(recipes.app, name="recipes")
 app.command("sample", epilog=sample.EPILOG)(sample.sample)
+app.command("export", epilog=export.EPILOG)(export.export)
 
 
 @app.callback(invoke_without_command=True)

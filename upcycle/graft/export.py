@@ -1,4 +1,4 @@
-"""Write a trained student as the same kind of folder that `convert` writes."""
+"""Write a trained student as the same kind of folder that `convert` writes; `upcycle.export` has other ways out."""
 
 import json
 from pathlib import Path
