@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from conftest import run
+from fake_hub import FakeHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_fresh_process import fresh
@@ -239,6 +240,16 @@ def test_metas_layout_in_half_precision_and_from_a_checkpoint(dit, tmp_path):
         torch.load(tmp_path / "low.pt", weights_only=True),
         {name: tensor.bfloat16() for name, tensor in tiny.meta_state(dit).items()},
     )
+
+
+def test_a_model_of_the_hub_in_metas_layout(dit, pipeline_dir, tmp_path):
+    with FakeHub() as hub:
+        hub.add("facebook/DiT-XL-2-256", pipeline_dir)
+        arguments = ["facebook/DiT-XL-2-256", "--revision", "main", "--to", "meta", "-o", tmp_path / "dit.pt"]
+        done = run("export", *arguments, env=hub.env(tmp_path / "home"))
+    same(torch.load(tmp_path / "dit.pt", weights_only=True), tiny.meta_state(dit))
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "dit.pt")
+    assert "near, not equal" in done.stdout
 
 
 @pytest.mark.parametrize(

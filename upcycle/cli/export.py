@@ -13,7 +13,7 @@ EPILOG = """
   upcycle export runs/xl4/export --to diffusers --dtype bf16 -o xl4-bf16\n
   upcycle export runs/xl4/export --to diffusers --dtype fp16 --variant -o xl4-fp16\n
   upcycle export facebook/DiT-XL-2-256 --to meta -o DiT-XL-2-256x256.pt\n
-  upcycle export xl-paper --to authors -o 0400000.pt\n
+  upcycle export 0400000-dc --to authors -o tuned.pt\n
 """
 
 # The ending that each way out gives its file, by which it is read back; none where a folder is written.
