@@ -1,4 +1,4 @@
-"""Output folders that appear complete or not at all."""
+"""Output folders and files that appear complete or not at all."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from typing import Any
 from upcycle.errors import UpcycleError
 
 # What folders of ours hold at their top; --force deletes nothing else.
-EXPORT = r"model_index\.json|transformer|vae|scheduler|upcycle\.json|images"
+EXPORT = r"model_index\.json|transformer|vae|scheduler|upcycle\.json|README\.md|images"
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
 SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png"
 
@@ -31,13 +31,35 @@ def check_output(out: Path, force: bool, keep: tuple[Path, ...] = ()) -> None:
         target = out.resolve()
         if _exists(target):
             _check_replaceable(out, target, force, keep)
-        parent = target.parent
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UpcycleError(
-                f"{out} cannot be made: {parent} is not a folder that can be written; choose another with -o"
-            )
+        _check_parent(out, target)
+
+
+def check_output_file(out: Path, force: bool, keep: tuple[Path, ...] = ()) -> None:
+    """Raise `UpcycleError` unless the file ``out`` can be made (or, with ``force``, replaced).
+
+    ``keep``: files and folders that must survive, such as the model that is exported.
+    """
+    with _explained(out):
+        target = out.resolve()
+        if _exists(target):
+            if target.is_dir():
+                raise UpcycleError(f"{out} is a folder; choose a file with -o")
+            if not force:
+                raise UpcycleError(f"{out} exists already; choose another file with -o, or replace it with --force")
+            for path in keep:
+                if path.resolve() in (target, *target.parents):
+                    raise UpcycleError(f"{out} belongs to {path}, which is being read; choose another file with -o")
+        _check_parent(out, target)
+
+
+def _check_parent(out: Path, target: Path) -> None:
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UpcycleError(
+            f"{out} cannot be made: {parent} is not a folder that can be written; choose another with -o"
+        )
 
 
 def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, ...]) -> None:
@@ -91,14 +113,9 @@ def new_folder(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, 
     try:
         with _explained(out):
             target.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(target.parent).free
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-        if bytes_needed > free:
-            raise UpcycleError(
-                f"{out} needs {bytes_needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
-                "make room or choose another folder with -o"
-            )
+        _check_space(out, target.parent, bytes_needed)
         yield partial
         with _explained(out):
             _replace(partial, target, old)
@@ -112,6 +129,43 @@ def new_folder(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, 
         shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the path of a hidden file beside ``out`` that becomes ``out`` on success and is removed on failure.
+
+    An existing ``out`` is replaced only with ``force``, and only once the new one is complete; where ``out`` is a
+    link, what it points to.
+    """
+    check_output_file(out, force, keep)
+    target = out.resolve()
+    partial = target.with_name(f".{target.stem[:40]}.partial-{os.getpid()}{target.suffix}")
+    try:
+        with _explained(out):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out, target.parent, bytes_needed)
+        yield partial
+        with _explained(out):
+            partial.replace(target)
+    except UpcycleError:
+        raise
+    except Exception as error:
+        if disk_full(error):
+            raise _no_space(out) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_space(out: Path, parent: Path, bytes_needed: int) -> None:
+    with _explained(out):
+        free = shutil.disk_usage(parent).free
+    if bytes_needed > free:
+        raise UpcycleError(
+            f"{out} needs {bytes_needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
+            "make room or choose another with -o"
+        )
 
 
 def _replace(new: Path, target: Path, old: Path) -> None:

@@ -43,6 +43,14 @@ def metadata(base: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str
     return {"format": "pt", "upcycle": json.dumps({"base": base, "history": [_placeless(done) for done in history]})}
 
 
+def extended(header: Mapping[str, str], done: dict[str, Any]) -> dict[str, str]:
+    """The header entries of a file that is made from one with ``header``, after one more `event`."""
+    if "upcycle" not in header:
+        return {"format": "pt", **header}
+    told = json.loads(header["upcycle"])
+    return {**header, **metadata(told["base"], [*told["history"], done])}
+
+
 def _placeless(done: dict[str, Any]) -> dict[str, Any]:
     done = dict(done)
     if done.get("command"):

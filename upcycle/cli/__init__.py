@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from upcycle.cli import convert, demo, encode, finetune, info, push_to_hub, recipes, sample, synthesize
+from upcycle.cli import convert, demo, encode, export, finetune, info, push_to_hub, recipes, sample, synthesize
 from upcycle.errors import UpcycleError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(recipes.app, name="recipes")
 app.command("sample", epilog=sample.EPILOG)(sample.sample)
 app.command("info", epilog=info.EPILOG)(info.info)
 app.command("push-to-hub", epilog=push_to_hub.EPILOG)(push_to_hub.push_to_hub)
+app.command("export", epilog=export.EPILOG)(export.export)
 
 
 @app.callback(invoke_without_command=True)

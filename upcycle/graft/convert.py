@@ -15,7 +15,7 @@ from upcycle.graft.plan import Plan
 from upcycle.graft.writer import write_weights
 from upcycle.models import chunked_dit
 from upcycle.output import new_folder
-from upcycle.sources.weight_files import pick_file, read_json, shards_of, variants
+from upcycle.sources.weight_files import is_weights, pick_file, read_json, shards_of, variants
 
 CLASS_REFERENCE = f"{chunked_dit.MODULE_NAME}.ChunkedDiT"
 DEFAULT_SHARD_BYTES = 10 * 2**30
@@ -39,9 +39,7 @@ def convert(
     with new_folder(out, force, bytes_needed=plan.bytes, keep=keep) as folder:
         transformer = folder / "transformer"
         transformer.mkdir()
-        with torch.device("meta"):
-            chunked_dit.ChunkedDiT(**{**plan.config, "num_layers": 0}).save_config(transformer)
-        _patch_json(transformer / "config.json", num_layers=plan.config["num_layers"])
+        write_config(transformer, plan.config)
         base, history = _origin(plan)
         header = provenance.metadata(base, history)
         sha256 = write_weights(transformer, plan.pieces, header, max_shard_bytes, written)
@@ -54,6 +52,13 @@ def convert(
         provenance.write(folder, base, history, sha256=known)
 
 
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json`` of a `ChunkedDiT` and the code of the class beside it."""
+    with torch.device("meta"):
+        chunked_dit.ChunkedDiT(**{**config, "num_layers": 0}).save_config(folder)
+    _patch_json(folder / "config.json", num_layers=config["num_layers"])
+
+
 def copy_component(spec: str, source: Path, target: Path) -> None:
     """Copy a component folder with one format of its weights; the only variant there is becomes the plain one."""
     target.mkdir()
@@ -63,8 +68,7 @@ def copy_component(spec: str, source: Path, target: Path) -> None:
     shards = shards_of(spec, source, chosen) if chosen else []
     rename = variant is not None and shards == [chosen]
     for name in names:
-        weights = name.endswith((".safetensors", ".bin", ".index.json")) or ".index." in name
-        if not weights or name in shards or name == chosen:
+        if not is_weights(name) or name in shards or name == chosen:
             new = name.replace(f".{variant}.", ".") if rename and name in shards else name
             shutil.copyfile(source / name, target / new)
 

@@ -1,4 +1,4 @@
-"""Write a trained student as the same kind of folder that `convert` writes."""
+"""Write a trained student as the same kind of folder that `convert` writes; `upcycle.export` has other ways out."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle import provenance
 from upcycle.graft.convert import CLASS_REFERENCE, DEFAULT_SHARD_BYTES, copy_component
-from upcycle.graft.plan import FreshTensor
+from upcycle.graft.pieces import FreshTensor
 from upcycle.graft.writer import Piece, write_weights
 from upcycle.models import chunked_dit
 from upcycle.output import new_folder
@@ -48,5 +48,7 @@ def export_student(
         for name, path in (pictures or {}).items():
             (folder / PICTURES).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / PICTURES / name)
+        if (out / "README.md").is_file():
+            shutil.copyfile(out / "README.md", folder / "README.md")  # somebody's
         known = {f"transformer/{name}": value for name, value in sha256.items()}
         provenance.write(folder, base, history, evidence=evidence, sha256=known)

@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,10 @@ from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_ta
 from upcycle.graft import exact, paper
 from upcycle.graft.dcdit_names import from_authors
 from upcycle.graft.embedders import merge_embedders
+from upcycle.graft.pieces import FreshTensor, ReusedTensor
 from upcycle.graft.writer import Piece, nbytes
 from upcycle.models.chunked_dit import ChunkedDiT
-from upcycle.sources import DCDiTConfig, DiTConfig, Source, StudentConfig, check_finite
+from upcycle.sources import DCDiTConfig, DiTConfig, Source, StudentConfig
 from upcycle.sources.weight_files import read_json
 
 INITS = ("exact", "paper")
@@ -35,45 +36,6 @@ class Options:
     router: str = "predictability"
     time_embedding: str | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class FreshTensor:
-    """A tensor that the source does not hold."""
-
-    tensor: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
-        yield self.tensor.flatten()
-
-
-@dataclass(frozen=True)
-class ReusedTensor:
-    """A tensor of the source, checked for NaN and infinity when it is read."""
-
-    name: str
-    source: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.source.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
-    def chunks(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
-        for chunk in self.source.chunks(buffer):
-            check_finite(self.name, chunk)
-            yield chunk
 
 
 @dataclass

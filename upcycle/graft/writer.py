@@ -12,15 +12,11 @@ from typing import Protocol
 
 import torch
 
+from upcycle.sources.safetensors_file import DTYPES
+
 # Small enough to stay in a core's cache from the read over the check to the write.
 BUFFER_BYTES = 2**20
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Piece(Protocol):
@@ -115,8 +111,12 @@ def write_weights(
     metadata: dict[str, str],
     max_shard_bytes: int,
     written: Callable[[int], None] = lambda n: None,
+    variant: str | None = None,
 ) -> dict[str, str]:
-    """Write a diffusers weights folder: one file, or shards with an index; returns file name -> SHA-256 of weights."""
+    """Write a diffusers weights folder: one file, or shards with an index; returns file name -> SHA-256 of weights.
+
+    ``variant`` goes into the names, where diffusers looks for what it calls so.
+    """
     shards: list[dict[str, Piece]] = [{}]
     size = 0
     for name, piece in pieces.items():
@@ -125,7 +125,7 @@ def write_weights(
             size = 0
         shards[-1][name] = piece
         size += nbytes(piece)
-    stem = "diffusion_pytorch_model"
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
     if len(shards) == 1:
         name = f"{stem}.safetensors"
         return {name: write_safetensors(folder / name, shards[0].items(), metadata, written)}
@@ -138,5 +138,6 @@ def write_weights(
         "metadata": {"total_size": sum(map(nbytes, pieces.values()))},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    listing = f"diffusion_pytorch_model.safetensors.index.{f'{variant}.' if variant else ''}json"
+    (folder / listing).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return digests

@@ -40,6 +40,8 @@ def open_checkpoint(spec: str, path: Path, *, weights: Literal["ema", "model"], 
         return dcdit.open_dcdit(spec, path, names, state.settings, heads=heads)
     if "x_embedder.proj.weight" in names and any(name.startswith("blocks.") for name in names):
         return meta.open_meta(spec, path, names, state.settings, heads=heads)
+    if "embedders.0.class_embedder.embedding_table.weight" in names:
+        raise UpcycleError(f"{spec}: is a converted model already; give the DiT that it was made from")
     if any(name.startswith("transformer_blocks.") for name in names):
         raise UpcycleError(
             f"{spec}: holds weights in diffusers' names, which need their config.json; pass the folder instead"

@@ -43,7 +43,7 @@ def open_dcdit(spec: str, path: Path, tensors: Mapping[str, LazyTensor], setting
         decoder_layers=count_layers(tensors, "hnet.decoder.layers."),
         ratio=float(stated) if isinstance(stated, int | float) and stated > 1 else 4.0,
     )
-    check_tensors(spec, _shapes(config), tensors)
+    check_tensors(spec, dcdit_shapes(config), tensors)
     return Source("dc-dit", spec, path.stem, config, tensors, notes=notes)
 
 
@@ -58,7 +58,8 @@ def _sigma(spec: str, stated: Any, grid: int, notes: list[str]) -> float:
     return float(stated)
 
 
-def _shapes(config: DCDiTConfig) -> dict[str, tuple[int, ...]]:
+def dcdit_shapes(config: DCDiTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of the authors' one-stage model."""
     width, narrow = config.d_model, config.enc_dec_dim
     squeeze = width // 4
     shapes: dict[str, tuple[int, ...]] = {

@@ -13,7 +13,7 @@ from upcycle.errors import UpcycleError
 from upcycle.sources.description import DiTConfig, Source, StudentConfig, dit_shapes
 from upcycle.sources.dit_config import model_kind, read_dit_config
 from upcycle.sources.safetensors_file import read_safetensors
-from upcycle.sources.student import blank_student, student_shapes
+from upcycle.sources.student import blank_student, shapes_of, student_options
 from upcycle.sources.tensors import LazyTensor, check_tensors
 from upcycle.sources.torch_file import read_torch_file
 from upcycle.sources.weight_files import choose_file, read_json, shards_of
@@ -79,13 +79,13 @@ def open_folder(
     for shard in shards_of(spec, transformer, chosen):
         if not (transformer / shard).is_file():
             raise UpcycleError(f"{spec}: {shard}, which {chosen} names, is not there; fetch the folder again")
-        for tensor in _read_weights(transformer / shard).values():
+        for tensor in read_weights(transformer / shard).values():
             if tensor.name in tensors:
                 raise UpcycleError(f"{spec}: tensor {tensor.name} is in two shards; fetch the folder again")
             if tensor.name not in _IGNORED:
                 tensors[tensor.name] = tensor
     if isinstance(config, StudentConfig):
-        shapes = student_shapes(spec, config.values)
+        shapes = shapes_of(blank_student(f"{spec}: its config", config.values))
     else:
         shapes = dit_shapes(config, embedders=config.num_layers)
     check_tensors(spec, shapes, tensors)
@@ -109,8 +109,7 @@ def open_folder(
 def _read_config(spec: str, config: dict[str, Any]) -> DiTConfig | StudentConfig:
     if config.get("_class_name") != "ChunkedDiT":
         return read_dit_config(spec, config)
-    options = {key: value for key, value in blank_student(spec, config).config.items() if not key.startswith("_")}
-    return StudentConfig({key: value for key, value in options.items() if key != "auto_map"})
+    return StudentConfig(student_options(blank_student(f"{spec}: its config", config)))
 
 
 def list_files(spec: str, folder: Path) -> list[str]:
@@ -137,7 +136,8 @@ def _components(folder: Path) -> dict[str, Path]:
     return {part: folder / part for part, config in configs.items() if (folder / part / config).is_file()}
 
 
-def _read_weights(path: Path) -> dict[str, LazyTensor]:
+def read_weights(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one weight file, safetensors or `.bin`; raises `UpcycleError` if it holds anything else."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     file = read_torch_file(path)

@@ -96,26 +96,45 @@ def _meta_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _to_diffusers(config: DiTConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    width = config.hidden_size
-    mapped: dict[str, LazyTensor] = {}
-    modules = dict(_OTHER_MODULES)
-    for index in range(config.num_layers):
-        modules |= {
-            f"blocks.{index}.{theirs}": f"transformer_blocks.{index}.{ours}" for theirs, ours in _BLOCK_MODULES.items()
-        }
+def diffusers_names(layers: int) -> dict[str, tuple[str, ...]]:
+    """Meta's names → diffusers' names of the tensors whose rows, one below the other, they hold.
+
+    The one table of both directions: reading takes Meta's tensors apart, `upcycle.export.meta` puts them together.
+    Timestep and label embedders are those of diffusers' block 0. `pos_embed` is not among them: diffusers computes it.
+    """
+    modules: dict[str, tuple[str, ...]] = {theirs: (ours,) for theirs, ours in _OTHER_MODULES.items()}
+    for index in range(layers):
+        block = f"transformer_blocks.{index}."
+        modules[f"blocks.{index}.attn.qkv"] = tuple(f"{block}attn1.to_{letter}" for letter in "qkv")
+        modules |= {f"blocks.{index}.{theirs}": (block + ours,) for theirs, ours in _BLOCK_MODULES.items()}
+    table: dict[str, tuple[str, ...]] = {
+        _TABLE: ("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight",)
+    }
     for theirs, ours in modules.items():
         for part in ("weight", "bias"):
-            mapped[f"{ours}.{part}"] = tensors[f"{theirs}.{part}"].renamed(f"{ours}.{part}")
-    table = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
-    mapped[table] = tensors[_TABLE].renamed(table)
-    for index in range(config.num_layers):
-        for part in ("weight", "bias"):
-            fused = tensors[f"blocks.{index}.attn.qkv.{part}"]
-            for third, letter in enumerate("qkv"):
-                name = f"transformer_blocks.{index}.attn1.to_{letter}.{part}"
-                mapped[name] = fused.rows(name, third * width, (third + 1) * width)
+            table[f"{theirs}.{part}"] = tuple(f"{module}.{part}" for module in ours)
+    return table
+
+
+def _to_diffusers(config: DiTConfig, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    mapped: dict[str, LazyTensor] = {}
+    for theirs, ours in diffusers_names(config.num_layers).items():
+        rows = tensors[theirs].shape[0] // len(ours)
+        for index, name in enumerate(ours):
+            mapped[name] = tensors[theirs].rows(name, index * rows, (index + 1) * rows)
     return mapped
+
+
+def position_table(width: int, grid: int) -> torch.Tensor:
+    """The sine-cosine embedding of a grid's positions in raster order, as both codes store it; fp64 [1, grid², width].
+
+    The column fills the first half of the channels, the row the second. ``width`` is a multiple of 4.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table = torch.cat([waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)], dim=2)
+    return table.reshape(1, grid**2, width)
 
 
 def _check_positions(spec: str, embedding: LazyTensor, grid: int) -> None:
@@ -126,11 +145,6 @@ def _check_positions(spec: str, embedding: LazyTensor, grid: int) -> None:
     )
     if width % 4:
         raise UpcycleError(error)
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    # The column fills the first half of the channels, the row the second.
-    table = torch.cat([waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)], dim=2)
-    difference = (embedding.load().double().reshape(grid, grid, width) - table).abs().max()
+    difference = (embedding.load().double() - position_table(width, grid)).abs().max()
     if not difference < 1e-2:  # bf16 checkpoints differ by up to 4e-3; NaN must not pass
         raise UpcycleError(error)

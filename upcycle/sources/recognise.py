@@ -9,7 +9,7 @@ from upcycle.errors import UpcycleError
 from upcycle.sources.tensors import LazyTensor
 
 # Attention heads of the published sizes (S, B, L, XL) by their width.
-_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def shape_of(spec: str, tensors: Mapping[str, LazyTensor], name: str, rank: int) -> tuple[int, ...]:
@@ -47,8 +47,8 @@ def choose_heads(spec: str, width: int, given: int | None, stated: Any, notes: l
         return given
     if type(stated) is int and stated > 0 and width % stated == 0:
         return stated
-    if width in _HEADS:
-        return _HEADS[width]
+    if width in HEADS:
+        return HEADS[width]
     head_dim = 64 if width >= 256 and width % 64 == 0 else 32
     if width % head_dim:
         raise UpcycleError(f"{spec}: the number of attention heads is not known for width {width}; pass --heads")

@@ -16,7 +16,7 @@ from upcycle.sources.tensors import FilePlace, LazyTensor
 # The format's own limit on the header.
 _MAX_HEADER = 100_000_000
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -38,24 +38,8 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises `UpcycleError` if the file is truncated, or the header is not exactly what the format allows: every byte
     after the header belongs to one tensor, and no byte to two.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise _damaged(path, "the header is cut off")
-            raw = file.read(length)
-    except OSError as error:
-        raise UpcycleError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "the header is not valid JSON") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "the header is not a table of tensors")
+    header, start, size = _header(path)
     header.pop("__metadata__", None)
-
-    start = 8 + length
     tensors = {}
     spans = []
     for name, entry in header.items():
@@ -72,6 +56,34 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that the file `path` carries beside its tensors; raises `UpcycleError` as `read_safetensors` does."""
+    metadata = _header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its metadata are not texts")
+    return metadata
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it stands, where the data begin, and the size of the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise _damaged(path, "the header is cut off")
+            raw = file.read(length)
+    except OSError as error:
+        raise UpcycleError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "the header is not valid JSON") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "the header is not a table of tensors")
+    return header, 8 + length, size
+
+
 def _entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], torch.dtype, int, int]:
     """One checked line of the header: shape, dtype, first byte and end, counted from the end of the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -79,12 +91,12 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[tuple[int, ...], torch.dt
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
         raise _damaged(path, f"tensor {name} has no proper shape or offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UpcycleError(f"{path}: tensor {name} is of type {dtype!r}; only fp64, fp32, fp16 and bf16 can be used")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise _damaged(path, f"tensor {name} has {end - begin} bytes, which does not fit its shape {shape}")
-    return tuple(shape), _DTYPES[dtype], begin, end
+    return tuple(shape), DTYPES[dtype], begin, end
 
 
 def _naturals(value: Any) -> bool:

@@ -30,6 +30,11 @@ def variants(names: Iterable[str]) -> list[str]:
     return sorted(variant for variant in found if variant is not None)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of a component folder holds weights or lists them, of whatever format."""
+    return name.endswith((".safetensors", ".bin", ".index.json")) or ".index." in name
+
+
 def choose_file(spec: str, names: Iterable[str], variant: str | None, notes: list[str]) -> str:
     """The weight file or index to read. Without a wish, the plain weights, else the only variant (which is noted).
 
