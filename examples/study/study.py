@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from sklearn.svm import SVC
 
@@ -167,18 +168,22 @@ def averaged_students(recipe: Recipe, start: Path):
             yield run.step, student
 
 
+def runs_of(out: Path, arm: str, seeds: list[int]) -> list[list[dict[str, Any]]]:
+    """The rows of every seed of an arm that has been run."""
+    paths = [out / f"{arm}-{seed}" / "result.json" for seed in seeds]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
 def table(out: Path, arms: list[str], seeds: list[int]) -> str:
-    """Mean over the seeds, and the lowest and highest of them at the end."""
-    lines = [
-        "| arm | step | val ε-MSE | trajectories, paired MSE | class accuracy | tokens |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Mean over the seeds, with the lowest and highest of them."""
+    lines = ["| arm | seeds | step | val ε-MSE | trajectories, paired MSE | class accuracy | tokens |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for arm in arms:
-        runs = [json.loads((out / f"{arm}-{seed}" / "result.json").read_text()) for seed in seeds]
+        runs = runs_of(out, arm, seeds)
         for rows in zip(*runs, strict=True):
             cells = [_spread([row[key] for row in rows]) for key in ("val_loss", "paired_mse", "class_accuracy")]
             tokens = mean(row["tokens"] for row in rows)
-            lines.append(f"| {arm} | {rows[0]['step']} | {' | '.join(cells)} | {tokens:.0f} |")
+            lines.append(f"| {arm} | {len(runs)} | {rows[0]['step']} | {' | '.join(cells)} | {tokens:.0f} |")
     return "\n".join(lines)
 
 
@@ -190,24 +195,18 @@ def _spread(values: list[float]) -> str:
 
 def plot(out: Path, arms: list[str], seeds: list[int], path: Path) -> None:
     """Loss and paired MSE against steps: means as lines, the seeds as bands."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     teacher = json.loads((out / "teacher.json").read_text())["val_loss"]
-    for axis, key, title in zip(
-        axes, ("val_loss", "paired_mse"), ("held-out ε-MSE", "paired MSE of samples"), strict=True
-    ):
+    columns = {"val_loss": "held-out ε-MSE", "paired_mse": "paired MSE of samples"}
+    for axis, (key, title) in zip(axes, columns.items(), strict=True):
         for arm in arms:
-            runs = [json.loads((out / f"{arm}-{seed}" / "result.json").read_text()) for seed in seeds]
-            steps = [row["step"] for row in runs[0]]
-            values = [[run[i][key] for run in runs] for i in range(len(steps))]
+            runs = runs_of(out, arm, seeds)
+            values = [[row[key] for row in rows] for rows in zip(*runs, strict=True)]
+            steps = [row["step"] for row in runs[0]] if runs else []
             (line,) = axis.plot(steps, [mean(v) for v in values], label=arm)
-            axis.fill_between(
-                steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color()
-            )
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
         axis.set(yscale="log", xlabel="steps", title=title)
     axes[0].axhline(teacher, color="black", linestyle=":", label="teacher")
     axes[0].legend(fontsize=8)
