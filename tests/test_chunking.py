@@ -102,3 +102,36 @@ def test_local_detail_sees_edges_and_not_noise():
         detail = cd.local_detail(x, torch.tensor([alpha])).view(16, 16)
         edge, flat = detail[4, 5:11].mean(), detail[0:2].mean()
         assert (edge > flat + 1) == sees
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.booleans(), st.integers(0, 2**16))
+def test_attention_stays_within_samples(lengths, biased, seed):
+    """Against a dense reference with a mask, gradients included, packed as the blocks pack a ragged batch."""
+    generator = torch.Generator().manual_seed(seed)
+    longest, total, heads, width = max(lengths), sum(lengths), 2, 4
+    q, k, v = torch.randn(3, total, heads, width, generator=generator).unbind()
+    valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    key_bias = torch.randn(len(lengths), longest, generator=generator) if biased else torch.zeros(valid.shape)
+    key_bias = key_bias.masked_fill(~valid, -torch.inf)
+    layout = cd.Layout(lengths)
+    if total < valid.numel():
+        layout.place = cd.compact(valid.view(1, -1), total)[0][0]
+        layout.key_bias = key_bias[:, None, None]
+        arguments = [y.clone().requires_grad_() for y in (q, k, v)]
+    else:  # even batches are not packed
+        layout.key_bias = key_bias[:, None, None] if biased else None
+        arguments = [y.unflatten(0, (len(lengths), longest)).clone().requires_grad_() for y in (q, k, v)]
+    got = cd.attend(*arguments, layout)
+    weight = torch.randn(total, heads, width, generator=generator)
+    (got.reshape(weight.shape) * weight).sum().backward()
+
+    sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    dense = [y.clone().requires_grad_() for y in (q, k, v)]
+    logits = torch.einsum("ihd,jhd->hij", dense[0], dense[1]) / width**0.5 + key_bias[valid]
+    logits = logits.masked_fill(sample[:, None] != sample, -torch.inf)
+    expected = torch.einsum("hij,jhd->ihd", logits.softmax(-1), dense[2])
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(got.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5)
+    for ours, reference in zip(arguments, dense, strict=True):
+        torch.testing.assert_close(ours.grad.reshape(reference.shape), reference.grad, atol=1e-5, rtol=1e-5)

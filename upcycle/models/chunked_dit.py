@@ -114,14 +114,21 @@ class Layout:
     """How the kept tokens of a batch lie in memory.
 
     Even batches are [B, M, D]. Ragged ones are packed end to end, [T, D], so that no layer works on padding: ``place``
-    [T] says where a token goes in the padded B * M, which only attention needs. ``key_bias`` is added to attention
-    logits, [B, 1, 1, M] or None.
+    [T] says where a token goes in the padded B * M, which attention on a GPU needs. ``lengths`` are the tokens of each
+    sample, their sum is T and their maximum M. ``key_bias`` is added to attention logits, [B, 1, 1, M] or None.
     """
 
-    batch: int
-    longest: int
+    lengths: list[int]
     key_bias: torch.Tensor | None = None
     place: torch.Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
 
     def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
         """[B, M, D] -> [T, D], or unchanged where the batch is even."""
@@ -187,10 +194,32 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        projected = (layout.pad(to(x)) for to in (self.to_q, self.to_k, self.to_v))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.key_bias)
-        return self.to_out[0](layout.pack(out.transpose(1, 2).flatten(2)))
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](attend(q, k, v, layout).flatten(-2))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Attention within samples; q, k, v [B, M, heads, d] or packed [T, heads, d], and so is what comes back.
+
+    A ragged batch goes sample by sample on a CPU, where padding costs more than calls do (docs/log.md), and padded
+    elsewhere and in compiled graphs, whose shapes should not depend on the lengths.
+    """
+    if layout.place is None:
+        return _attend(q, k, v, layout.key_bias)
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        pad_q, pad_k, pad_v = (layout.pad(y.flatten(-2)).unflatten(-1, y.shape[-2:]) for y in (q, k, v))
+        return layout.pack(_attend(pad_q, pad_k, pad_v, layout.key_bias).flatten(-2)).unflatten(-1, q.shape[-2:])
+    parts, bias = zip(*(y[None].split(layout.lengths, dim=1) for y in (q, k, v)), strict=True), layout.key_bias
+    out = [
+        _attend(q, k, v, None if bias is None else bias[i : i + 1, ..., : q.shape[1]])
+        for i, (q, k, v) in enumerate(parts)
+    ]
+    return torch.cat(out, dim=1)[0]
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 class GELUProjection(nn.Module):
@@ -791,17 +820,17 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         conditions: list[torch.Tensor],
         key_bias: torch.Tensor | None,
         valid: torch.Tensor,
-        total: int,
+        lengths: list[int],
     ) -> torch.Tensor:
         """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None.
 
-        ``valid`` bool [B, M] marks the ``total`` tokens that are not padding; padding comes back as zero.
+        ``valid`` bool [B, M] marks the ``lengths`` tokens that are not padding; padding comes back as zero.
         """
-        layout = Layout(*valid.shape)
+        layout = Layout(lengths)
         if key_bias is not None:
             layout.key_bias = key_bias.to(tokens.dtype)[:, None, None]
-        if total < valid.numel():
-            layout.place = compact(valid.view(1, -1), total)[0][0]
+        if sum(lengths) < valid.numel():
+            layout.place = compact(valid.view(1, -1), sum(lengths))[0][0]
         tokens = layout.pack(tokens)
         for i, block in enumerate(self.transformer_blocks):
             condition = conditions[i % len(conditions)]
@@ -829,11 +858,11 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         log_cell = torch.where(routing.mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0)
         count = routing.mask.sum(1)
         # The one host synchronisation that a ragged batch needs.
-        longest, total, uneven = torch.stack([count.max(), count.sum(), (log_cell != 0).any()]).tolist()
-        index, valid, slot = compact(routing.mask, longest)
+        *lengths, uneven = torch.cat([count, (log_cell != 0).any().view(1)]).tolist()
+        index, valid, slot = compact(routing.mask, max(lengths))
         owner_slot = slot.gather(1, owner)
         key_bias = None
-        if uneven or total < valid.numel():
+        if uneven or sum(lengths) < valid.numel():
             key_bias = log_cell.gather(1, index).masked_fill(~valid, -torch.inf)
 
         # Tokens: the teacher's embedding of the window, moved towards the mean of the cell, plus a learned part.
@@ -845,7 +874,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         tokens = tokens + self.widen(gather_tokens(features.flatten(2).transpose(1, 2), index))
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
 
-        tokens = self.run_blocks(tokens, conditions, key_bias, valid, total)
+        tokens = self.run_blocks(tokens, conditions, key_bias, valid, lengths)
 
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         shift, scale = self.proj_out_1(conditions[0])[:, None].chunk(2, dim=-1)
@@ -955,15 +984,14 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         features = h_BLD.transpose(1, 2).unflatten(2, grid)
         routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
 
-        count = routing.mask.sum(1)
-        longest, total = torch.stack([count.max(), count.sum()]).tolist()
-        index, valid, slot = compact(routing.mask, longest)
+        lengths = routing.mask.sum(1).tolist()
+        index, valid, slot = compact(routing.mask, max(lengths))
         key_bias = None
-        if total < valid.numel():
+        if sum(lengths) < valid.numel():
             key_bias = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         tokens = gather_tokens(h_BLD, index)
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
-        tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias, valid, total))
+        tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias, valid, lengths))
 
         owner = nearest_kept(routing.mask, height, width, 0.0)
         p = routing.probability.gather(1, index)
