@@ -140,9 +140,17 @@ class Layout:
             return x
         return _pad(x, self.place, self.batch, self.longest)
 
-    def per_token(self, x_BD: torch.Tensor) -> torch.Tensor:
-        """A vector per sample, shaped to broadcast over its tokens: [B, 1, D] or [T, D]."""
-        return x_BD[:, None] if self.place is None else _PerToken.apply(x_BD, self.place, self.longest)
+    def modulate(self, x: torch.Tensor, scale_BD: torch.Tensor, shift_BD: torch.Tensor) -> torch.Tensor:
+        """x (1 + scale) + shift, with vectors per sample."""
+        if self.place is None:
+            return x * (1 + scale_BD[:, None]) + shift_BD[:, None]
+        return _Modulate.apply(x, 1 + scale_BD, shift_BD, self.place, self.longest)
+
+    def gate(self, x: torch.Tensor, gate_BD: torch.Tensor) -> torch.Tensor:
+        """gate x, with a vector per sample."""
+        if self.place is None:
+            return gate_BD[:, None] * x
+        return _Modulate.apply(x, gate_BD, None, self.place, self.longest)
 
 
 def _pad(x_TD: torch.Tensor, place: torch.Tensor, batch: int, longest: int) -> torch.Tensor:
@@ -168,18 +176,27 @@ class _Pack(torch.autograd.Function):
         return _pad(gradient, *ctx.saved_tensors, *ctx.shape), None
 
 
-class _PerToken(torch.autograd.Function):
-    """A vector per sample for each of its tokens: [B, D] -> [T, D]."""
+class _Modulate(torch.autograd.Function):
+    """x [T, D] times a vector per sample [B, D], plus another (or None). Keeps no vectors per token for later."""
 
     @staticmethod
-    def forward(ctx, x_BD, place, longest):
-        ctx.save_for_backward(place)
-        ctx.shape = len(x_BD), longest
-        return x_BD[place // longest]
+    def forward(ctx, x, factor, shift, place, longest):
+        ctx.save_for_backward(x, factor, place)
+        ctx.longest, ctx.shift_dtype = longest, None if shift is None else shift.dtype
+        sample = place // longest
+        out = x * factor[sample]
+        return out if shift is None else out + shift[sample]
 
     @staticmethod
     def backward(ctx, gradient):
-        return _pad(gradient, *ctx.saved_tensors, *ctx.shape).sum(1), None, None
+        x, factor, place = ctx.saved_tensors
+
+        def per_sample(y: torch.Tensor) -> torch.Tensor:
+            return _pad(y, place, len(factor), ctx.longest).sum(1)
+
+        of_shift = None if ctx.shift_dtype is None else per_sample(gradient).to(ctx.shift_dtype)
+        of_x = (gradient * factor[place // ctx.longest]).to(x.dtype)
+        return of_x, per_sample(gradient * x).to(factor.dtype), of_shift, None, None
 
 
 class Attention(nn.Module):
@@ -267,11 +284,11 @@ class Block(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor, layout: Layout) -> torch.Tensor:
         """hidden_states [B, M, D] or packed [T, D], condition = SiLU(c) [B, D]."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = map(layout.per_token, self.norm1(condition))
-        h = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
-        hidden_states = hidden_states + gate_a * self.attn1(h * (1 + scale_a) + shift_a, layout)
-        h = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.norm_eps)
-        return hidden_states + gate_f * self.ff(h * (1 + scale_f) + shift_f)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(condition)
+        h = layout.modulate(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6), scale_a, shift_a)
+        hidden_states = hidden_states + layout.gate(self.attn1(h, layout), gate_a)
+        h = layout.modulate(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.norm_eps), scale_f, shift_f)
+        return hidden_states + layout.gate(self.ff(h), gate_f)
 
 
 def group_norm(channels: int, groups: int = 32, fp32: bool = False) -> nn.GroupNorm:
