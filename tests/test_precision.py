@@ -67,10 +67,10 @@ def test_bf16_autocast_leaves_decisions_in_fp32(student, scaffold, monkeypatch):
     watch(ChunkedDiT, "route")
     watch(chunked_dit, "smooth")
     if scaffold == "lean":
-        watch(ChunkedDiT, "_cell_statistics")
+        watch(ChunkedDiT, "_move")
         # The one layer inside is a product of bf16 autocast; its output is brought to fp32.
         student.fill_log_variance.forward = lambda x: x.float().mean(-1, keepdim=True)
-        watch(ChunkedDiT, "_dechunk")
+        watch(ChunkedDiT, "dechunk")
     outputs = []
     student.transformer_blocks[1].ff.net[2].register_forward_hook(lambda m, a, out: outputs.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):

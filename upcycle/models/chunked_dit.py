@@ -199,6 +199,25 @@ class _Modulate(torch.autograd.Function):
         return of_x, per_sample(gradient * x).to(factor.dtype), of_shift, None, None
 
 
+@dataclass
+class Chunks:
+    """The tokens of a batch (lean scaffold), M of the longest sample: which positions they sit on and which they own.
+
+    ``lengths`` B tokens each, ``index`` int64 [B, M] their positions, ``valid`` bool [B, M], ``owner`` int64 [B, L] the
+    position whose token owns each position, ``owner_slot`` int64 [B, L] that token's place in ``index``, ``key_bias``
+    [B, M] log of their cells' sizes (-inf for padding; None where all are the teacher's), ``move`` fp32 [B, M, C] how
+    far their inputs move towards their cells.
+    """
+
+    lengths: list[int]
+    index: torch.Tensor
+    valid: torch.Tensor
+    owner: torch.Tensor
+    owner_slot: torch.Tensor
+    key_bias: torch.Tensor | None
+    move: torch.Tensor
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over kept tokens, under diffusers' parameter names."""
 
@@ -858,64 +877,90 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         return layout.pad(tokens)
 
     def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
-        c = self.config
-        batch, _, height, width = x.shape
-        patch, grid = c.patch_size, (height, width)
+        features = self.encode(x, scaffold_condition)
+        routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
+        chunks = self.chunk(x, routing, timestep)
+        tokens = self.embed_tokens(x, features, chunks)
+        tokens = self.run_blocks(tokens, conditions, chunks.key_bias, chunks.valid, chunks.lengths)
+        entries = self.head(tokens, conditions[0], chunks, timestep)
+        base, geometry = self.dechunk(entries, tokens, x, chunks, timestep)
+        correction = self.decode(tokens, x, base, geometry, features, routing, chunks, timestep, scaffold_condition)
+        return (base + correction).to(x.dtype), routing
 
+    def encode(self, x: torch.Tensor, scaffold_condition: torch.Tensor) -> torch.Tensor:
+        """x_t [B, C, H, W] -> features [B, E, H, W]."""
         features = self.conv_in(x)
         for block in self.encoder:
             features = block(features, scaffold_condition)
-        routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
+        return features
 
-        # Who owns which position, and how large the cells are. On the teacher's grid a cell is a window.
-        # The shift is just under the window's centre, so that nothing ties on the grid.
+    def chunk(self, x: torch.Tensor, routing: Routing, timestep: torch.Tensor) -> Chunks:
+        """Decide who owns which position; the one host synchronisation that a ragged batch needs is here."""
+        height, width = x.shape[-2:]
+        patch = self.config.patch_size
+        # On the teacher's grid a cell is a window. The shift is just under the window's centre, so that nothing ties.
         owner = nearest_kept(routing.mask, height, width, max(0.0, (patch - 1) / 2 - 0.1))
         ones = torch.ones_like(owner, dtype=torch.float32)
         cell_size = torch.zeros_like(ones).scatter_add_(1, owner, ones)
         log_cell = torch.where(routing.mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0)
-        count = routing.mask.sum(1)
-        # The one host synchronisation that a ragged batch needs.
-        *lengths, uneven = torch.cat([count, (log_cell != 0).any().view(1)]).tolist()
+        *lengths, uneven = torch.cat([routing.mask.sum(1), (log_cell != 0).any().view(1)]).tolist()
         index, valid, slot = compact(routing.mask, max(lengths))
         owner_slot = slot.gather(1, owner)
         key_bias = None
         if uneven or sum(lengths) < valid.numel():
             key_bias = log_cell.gather(1, index).masked_fill(~valid, -torch.inf)
+        move = self._move(x, owner, owner_slot, cell_size, index, timestep)
+        return Chunks(lengths, index, valid, owner, owner_slot, key_bias, move)
 
-        # Tokens: the teacher's embedding of the window, moved towards the mean of the cell, plus a learned part.
-        cells = self._cell_statistics(x, owner, owner_slot, cell_size, index, timestep)
+    def embed_tokens(self, x: torch.Tensor, features: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+        """The teacher's embedding of each window, moved towards its cell's mean, plus a learned part, [B, M, D]."""
+        patch = self.config.patch_size
         windows = F.unfold(F.pad(x, (0, patch - 1, 0, patch - 1)), patch).transpose(1, 2)
-        windows = gather_tokens(windows, index).unflatten(-1, (-1, patch**2)) + cells[..., None].to(x.dtype)
+        windows = gather_tokens(windows, chunks.index).unflatten(-1, (-1, patch**2))
+        windows = windows + chunks.move[..., None].to(x.dtype)
         embed = self.pos_embed["proj"]
         tokens = F.linear(windows.flatten(2), embed.weight.flatten(1), embed.bias)
-        tokens = tokens + self.widen(gather_tokens(features.flatten(2).transpose(1, 2), index))
-        tokens = tokens + self.positions(index, grid).to(tokens.dtype)
+        tokens = tokens + self.widen(gather_tokens(features.flatten(2).transpose(1, 2), chunks.index))
+        return tokens + self.positions(chunks.index, x.shape[-2:]).to(tokens.dtype)
 
-        tokens = self.run_blocks(tokens, conditions, key_bias, valid, lengths)
-
+    def head(
+        self, tokens: torch.Tensor, condition: torch.Tensor, chunks: Chunks, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """The teacher's final layer: what each token says of its window, fp32 [B, M, p*p, O]."""
+        c = self.config
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
-        shift, scale = self.proj_out_1(conditions[0])[:, None].chunk(2, dim=-1)
-        entries = self.proj_out_2(tokens * (1 + scale) + shift).unflatten(-1, (patch**2, c.out_channels))
+        shift, scale = self.proj_out_1(condition)[:, None].chunk(2, dim=-1)
+        entries = self.proj_out_2(tokens * (1 + scale) + shift).unflatten(-1, (c.patch_size**2, c.out_channels))
         # The token spoke of its input after the move towards the cell: the same x0 estimate, in terms of x_t itself.
         noise = (1 - self.alpha_bar(timestep)).sqrt()[:, None, None]
-        entries = entries.float() - F.pad(cells / noise, (0, c.out_channels - c.in_channels))[:, :, None]
-        base, geometry = self._dechunk(entries, tokens, x, index, valid, owner, owner_slot, timestep, grid)
+        return entries.float() - F.pad(chunks.move / noise, (0, c.out_channels - c.in_channels))[:, :, None]
 
-        # Correction: decoder over smoothed, plugged-back features; its last layer starts at zero.
-        p = routing.probability.gather(1, index)
-        h = smooth(self.narrow(tokens), p, index, valid, grid, c.smoothing_sigma)
-        h = gather_tokens(h, owner_slot) * _StraightThroughOne.apply(routing.selected_probability)[..., None]
-        h = h.transpose(1, 2).reshape(batch, -1, height, width).to(x.dtype)
+    def decode(
+        self,
+        tokens: torch.Tensor,
+        x: torch.Tensor,
+        base: torch.Tensor,
+        geometry: torch.Tensor,
+        features: torch.Tensor,
+        routing: Routing,
+        chunks: Chunks,
+        timestep: torch.Tensor,
+        scaffold_condition: torch.Tensor,
+    ) -> torch.Tensor:
+        """Correction [B, O, H, W]: decoder over smoothed, plugged-back features; its last layer starts at zero."""
+        grid = tuple(x.shape[-2:])
+        p = routing.probability.gather(1, chunks.index)
+        h = smooth(self.narrow(tokens), p, chunks.index, chunks.valid, grid, self.config.smoothing_sigma)
+        h = gather_tokens(h, chunks.owner_slot) * _StraightThroughOne.apply(routing.selected_probability)[..., None]
+        h = h.transpose(1, 2).unflatten(2, grid).to(x.dtype)
         h = h + self.residual(features) + self.conv_base(torch.cat([x, base.to(x.dtype), geometry.to(x.dtype)], dim=1))
         for block in self.decoder:
             h = block(h, scaffold_condition)
         # Scaled down where x_t is noise: there the base is nearly right, and a correction could only disturb it.
-        correction = (
-            self.conv_out(F.silu(self.norm_correction(h))) * self.alpha_bar(timestep).sqrt()[:, None, None, None]
-        )
-        return (base + correction).to(x.dtype), routing
+        signal = self.alpha_bar(timestep).sqrt()[:, None, None, None]
+        return self.conv_out(F.silu(self.norm_correction(h))) * signal
 
-    def _cell_statistics(self, x, owner, owner_slot, cell_size, index, timestep) -> torch.Tensor:
+    def _move(self, x, owner, owner_slot, cell_size, index, timestep) -> torch.Tensor:
         """How far a token's input moves from its window towards its cell: k (mean over cell - mean over window).
 
         k = sigma^2 / (sigma^2 + 10 alpha_bar Var_cell(x0)), the variance estimated from x_t; fp32 [B, M, C]. Exactly
@@ -943,7 +988,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         stray = torch.zeros_like(mean[..., 0]).scatter_add_(1, owner_slot, (~covered).float())
         return torch.where(stray[..., None] == 0, 0.0, k[..., None] * (mean - window_mean))
 
-    def _dechunk(self, entries, tokens, x, index, valid, owner, owner_slot, timestep, grid):
+    def dechunk(
+        self, entries: torch.Tensor, tokens: torch.Tensor, x: torch.Tensor, chunks: Chunks, timestep: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Plug the tokens' p x p entries back onto the grid, filling uncovered positions in x0 space.
 
         entries fp32 [B, M, p*p, O] -> base fp32 [B, O, H, W] and geometry (coverage, row offset, column offset) fp32
@@ -952,7 +999,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         estimate of the nearest entry of its token, and its epsilon follows from its own x_t.
         """
         c = self.config
-        (height, width), patch, channels = grid, c.patch_size, c.in_channels
+        height, width = grid = tuple(x.shape[-2:])
+        patch, channels = c.patch_size, c.in_channels
+        index, valid, owner, owner_slot = chunks.index, chunks.valid, chunks.owner, chunks.owner_slot
         position = torch.arange(height * width, device=x.device)
         d_row, d_column = position // width - owner // width, position % width - owner % width
         e_row, e_column = d_row.clamp(0, patch - 1), d_column.clamp(0, patch - 1)
