@@ -12,24 +12,9 @@ import textwrap
 import tiny
 from conftest import run
 from fake_hub import FakeHub
+from fresh import BLOCK
 
 from upcycle.models.chunked_dit import MODULE_NAME
-
-BLOCK = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "upcycle":
-            raise ImportError("blocked")
-sys.meta_path.insert(0, Block())
-import torch
-from diffusers import AutoModel, DiffusionPipeline, DiTPipeline
-where, scratch = sys.argv[1:]
-def draw(pipe, guidance=4.0):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(class_labels=[1, 9, 3], num_inference_steps=3, guidance_scale=guidance,
-                generator=torch.Generator().manual_seed(0), output_type="pt").images
-"""
 
 
 def fresh(code, where, scratch, env=None):

@@ -62,15 +62,15 @@ def push_to_hub(
         from upcycle.hub.check import check_export
 
     chosen = folder or push.find_export(Path.cwd())
-    user = None
+    user, unknown = None, None
     with working("asking the Hub who you are"):
         try:
             user = push.identify()
-        except UpcycleError:
+        except UpcycleError as error:
             if not dry_run:
                 raise
-    owner = user["name"] if user else "<you>"
-    repo_id = repo or f"{owner}/{push.default_name(chosen)}"
+            unknown = f"your rights were not checked ({error})"
+    repo_id = repo or f"{user['name'] if user else 'you'}/{push.default_name(chosen)}"
     stderr.print(f"{chosen} -> {repo_id}" + (f", branch {branch}" if branch else ""))
     if measure:
         _measure(chosen, device)
@@ -79,14 +79,18 @@ def push_to_hub(
     if not dry_run:
         licence.check_licence(export.source.licence, accepted=accept_license)
     with working(f"looking at {repo_id}"):
-        named = repo_id.replace("<you>", "you")
+        asked: dict[str, Any] = {"branch": branch, "create_pr": create_pr, "private": private}
         try:
-            planned = push.plan_push(export, named, user, branch=branch, create_pr=create_pr, private=private)
+            if not user and not repo:
+                raise UpcycleError("it is not known who you are")
+            planned = push.plan_push(export, repo_id, user, **asked)
         except UpcycleError as error:
             if user:
                 raise
-            planned = push.plan_unseen(export, named, branch=branch, create_pr=create_pr, private=private)
+            planned = push.plan_unseen(export, repo_id, **asked)
             export.notes.append(f"what is there was not looked at ({error})")
+        if unknown:
+            export.notes.append(unknown)
     if dry_run:
         _show_plan(planned, user, as_json)
         return
@@ -155,8 +159,6 @@ def _show_plan(planned: Any, user: dict[str, Any] | None, as_json: bool) -> None
     stdout.print(f"{planned.repo_id}: {where}; {size(planned.bytes)}")
     for note in planned.export.notes:
         stdout.print(f"note: {note}")
-    if user is None:
-        stdout.print("note: not logged in, so your rights were not checked")
     if refused:
         stdout.print(f"note: without --accept-license it would stop here: {refused}")
     if planned.kept:

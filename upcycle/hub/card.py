@@ -20,10 +20,12 @@ from upcycle.evaluation.flops import PAPER_STEPS, chunked_dit_flops, student_flo
 from upcycle.graft.export import PICTURES
 from upcycle.graft.plan import full_config
 from upcycle.hub.check import Export
+from upcycle.hub.licence import card_metadata
 from upcycle.info import trained_tail_drops
 from upcycle.sources import StudentConfig, hub
 
 NOT_MEASURED = "not measured"
+SPEED = "seconds per image"
 CAPTIONS = {
     "samples.png": "Samples",
     "router.png": "What the router keeps, along the noise levels",
@@ -65,9 +67,7 @@ def make_card(export: Export, repo_id: str) -> Card:
 
 def _metadata(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
     base = origin["base"]
-    metadata: dict[str, Any] = {"license": "other" if base.get("licence") is None else base["licence"]}
-    if base.get("licence") is None:
-        metadata["license_name"] = "unknown"
+    metadata: dict[str, Any] = card_metadata(base.get("licence"))
     metadata |= {
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
@@ -76,7 +76,8 @@ def _metadata(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any]
     if _on_hub(base):
         # Of the relations that the Hub knows (adapter, finetune, merge, quantized) the nearest.
         metadata |= {"base_model": base["id"], "base_model_relation": "finetune"}
-    results = [_result(found) for found in origin["evidence"] if found["metric"] != "seconds per image"]
+    measured = [found for found in origin["evidence"] if found["metric"] != SPEED and found.get("student") is not None]
+    results = [_result(found) for found in measured]
     if results:
         metadata["model-index"] = [{"name": repo_id.split("/")[-1], "results": results}]
     return metadata
@@ -87,7 +88,7 @@ def _on_hub(base: Mapping[str, Any]) -> bool:
 
 
 def _result(found: Mapping[str, Any]) -> dict[str, Any]:
-    data = str(found["settings"].get("data", "not stated"))
+    data = _name(str(found["settings"].get("data", "not stated")))
     return {
         "task": {"type": "unconditional-image-generation", "name": "class-conditional image generation"},
         "dataset": {"name": data, "type": data},
@@ -152,7 +153,7 @@ def _pictures(export: Export) -> str:
 
 
 def _quality(evidence: list[dict[str, Any]]) -> str:
-    rows = [found for found in evidence if found["metric"] != "seconds per image"]
+    rows = [found for found in evidence if found["metric"] != SPEED]
     lines = ["## Quality", "", "| metric | | this model | its teacher | settings |", "|---|---|---|---|---|"]
     lines += [_measured(found) for found in rows]
     measured = {found["metric"] for found in rows}
@@ -163,9 +164,15 @@ def _quality(evidence: list[dict[str, Any]]) -> str:
 
 
 def _measured(found: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["settings"].items())
-    teacher = NOT_MEASURED if found.get("teacher") is None else f"{found['teacher']:.4g}"
-    return f"| {found['metric']} | {found['better']} is better | {found['student']:.4g} | {teacher} | {settings} |"
+    stated = {**found["settings"]}
+    if "data" in stated:
+        stated["data"] = _name(str(stated["data"]))
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in stated.items())
+    student, teacher = (
+        NOT_MEASURED if found.get(who) is None else f"{found[who]:.4g}" for who in ("student", "teacher")
+    )
+    cells = (found["metric"], f"{found['better']} is better", student, teacher, settings)
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in cells)} |"
 
 
 def _cost(config: Mapping[str, Any], export: Export, evidence: list[dict[str, Any]]) -> str:
@@ -176,7 +183,7 @@ def _cost(config: Mapping[str, Any], export: Export, evidence: list[dict[str, An
     shares = chunked_dit_flops(config, config["sample_size"] ** 2 / config["ratio"])
     share = 1 - shares["blocks"] / sum(shares.values())
     lines += ["", f"Counted as in the DC-DiT paper, with the router at its ratio; {share:.0%} of it is the scaffold."]
-    speed = [found for found in evidence if found["metric"] == "seconds per image"]
+    speed = [found for found in evidence if found["metric"] == SPEED]
     if speed:
         lines += ["", "| measured speed | | this model | its teacher | settings |", "|---|---|---|---|---|"]
         lines += [_measured(found) for found in speed]
@@ -212,6 +219,8 @@ def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in event.get("versions", {}).items())
         lines += ["", f"**{event['what']}** ({versions}):", ""]
         lines += ["```bash", event["command"], "```"] if event.get("command") else ["called from Python"]
+        if options := {key: value for key, value in event.get("options", {}).items() if value is not None}:
+            lines += ["", f"With {', '.join(f'{key} {value}' for key, value in options.items())}."]
         if "steps" in event:
             recipe, data = event["recipe"], event.get("data", {"data": event["recipe"]["data"]})
             stated = ", ".join(f"{key} {value}" for key, value in data.items() if not isinstance(value, dict))
@@ -259,15 +268,14 @@ def _licence(licence: str | None, base: Mapping[str, Any]) -> str:
 def render(card: Card, existing: str | None = None) -> str:
     """The text of a card; what somebody has changed, added or removed in ``existing`` stays so."""
     front, body = _split(existing or "")
-    found = _RECORD.search(body)
-    record = json.loads(found[1]) if found else {"metadata": {}, "sections": {}}
-    body = _RECORD.sub("\n", body)
+    record = _record(body) or {"metadata": {}, "sections": {}}
+    body = _RECORD.sub("\n\n", body)
     metadata = dict(front)
     for key, value in card.metadata.items():
         ours_before = record["metadata"].get(key)
         removed = key not in front and ours_before is not None
         edited = key in front and _digest(front[key]) != ours_before
-        relicensed = key == "license" and value != "other"  # nobody but the base's owner can do that
+        relicensed = key in ("license", "license_name") and card.metadata.get("license_name") != "unknown"
         if relicensed or (not removed and not edited):
             metadata[key] = value
     for key in record["metadata"]:
@@ -296,31 +304,42 @@ def render(card: Card, existing: str | None = None) -> str:
 def edited_parts(card: Card, existing: str) -> list[str]:
     """Names of sections and metadata keys that somebody has changed or removed, which `render` therefore keeps."""
     front, body = _split(existing)
-    found = _RECORD.search(body)
-    if not found:
+    record = _record(body)
+    if record is None:
         return []
-    record = json.loads(found[1])
     there = {match[1]: match[2] for match in _SECTION.finditer(body)}
     sections = [name for name, was in record["sections"].items() if _digest(there.get(name)) != was]
     return sections + [key for key, was in record["metadata"].items() if _digest(front.get(key)) != was]
 
 
+def _record(body: str) -> dict[str, Any] | None:
+    """What the comment at the end of a card says of its generated parts; None where there is none, or it is broken."""
+    found = _RECORD.search(body)
+    try:
+        record = json.loads(found[1]) if found else None
+    except ValueError:
+        return None
+    known = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in ("metadata", "sections"))
+    return record if known else None
+
+
 def _split(text: str) -> tuple[dict[str, Any], str]:
     """YAML metadata and body of a card."""
-    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    match = re.match(r"---[ \t]*\n(.*?)^---[ \t]*(?:\n|$)", text, re.DOTALL | re.MULTILINE)
     if not match:
         return {}, text
     try:
         front = yaml.safe_load(match[1])
     except yaml.YAMLError:
-        raise UpcycleError(
-            "the metadata at the top of the existing README.md is not valid YAML; mend it first"
-        ) from None
-    return (front if isinstance(front, dict) else {}), text[match.end() :]
+        raise UpcycleError("the metadata at the top of its README.md is not valid YAML; mend it first") from None
+    if front is not None and not isinstance(front, dict):
+        return {}, text  # text between two lines
+    return front or {}, text[match.end() :]
 
 
 def _digest(value: Any) -> str | None:
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -64,7 +64,7 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
                 f"left out, because no part of the export: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}"
             )
     _check_code(folder, [name for name in files if name.endswith(".py")], trust_remote_code)
-    _load(folder, source.config)
+    _load(folder, files, source.config)
     return Export(folder, source, {name: (folder / name).stat().st_size for name in sorted(files)}, notes)
 
 
@@ -92,13 +92,20 @@ def _check_code(folder: Path, names: list[str], trust: bool) -> None:
         )
 
 
-def _load(folder: Path, config: StudentConfig) -> None:
-    """Raise `UpcycleError` unless stock diffusers loads the folder in a process that knows nothing of ours."""
+def _load(folder: Path, files: list[str], config: StudentConfig) -> None:
+    """Raise `UpcycleError` unless stock diffusers loads ``files`` in a process that knows nothing of ours.
+
+    Nothing else of the folder is there for it, as nothing else will be for those who download.
+    """
     with tempfile.TemporaryDirectory(prefix="upcycle-check-") as modules:
+        copy = Path(modules) / "export"
+        for name in files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).symlink_to((folder / name).resolve())
         environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "DIFFUSERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [sys.executable, "-I", load.__file__, str(folder.resolve())],
+            [sys.executable, "-I", load.__file__, str(copy)],
             env=environment, cwd=modules, capture_output=True, text=True,
         )  # fmt: skip
     if done.returncode:

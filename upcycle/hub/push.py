@@ -1,21 +1,31 @@
 """Send an export to the Hub as one commit."""
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+    hf_hub_download,
+)
 from huggingface_hub.errors import (
     BadRequestError,
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
@@ -33,7 +43,8 @@ class Push:
     """What will be sent, and where to.
 
     ``card``: the text of README.md. ``kept``: parts of it that somebody edited. ``delete``: files of an earlier push
-    that this export does not have.
+    that this export does not have. ``parent``: the commit that was looked at; what was committed after it is not
+    overwritten.
     """
 
     export: Export
@@ -45,6 +56,7 @@ class Push:
     card: str
     kept: list[str] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
+    parent: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -59,6 +71,8 @@ def find_export(folder: Path) -> Path:
         for depth in range(5)
         for path in folder.glob("*/" * depth + provenance.FILE)
         if (path.parent / "transformer" / "config.json").is_file()
+        # Half-written exports, and caches of the Hub, lie in hidden folders.
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
         raise UpcycleError(f"no export in {folder.resolve()} or below; give the folder that convert or finetune made")
@@ -69,8 +83,9 @@ def default_name(export: Path) -> str:
     """The repository's name: the folder's, or that of the run around ``runs/xl4/export``."""
     path = export.resolve()
     name = path.parent.name if path.name in _ANONYMOUS else path.name
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in name).strip("-._")
-    return kept[:90] or "upcycled"
+    kept = re.sub(r"[^\w.]+|-{2,}", "-", name, flags=re.ASCII)
+    kept = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", kept)).removesuffix(".git")
+    return kept.strip("-._")[:90].strip("-._") or "upcycled"
 
 
 def identify() -> dict[str, Any]:
@@ -113,14 +128,7 @@ def plan_push(
         UpcycleError: a name that cannot be, no right to write, a repository that is public where ``private`` is
             asked for, a pull request or branch of a repository that does not exist.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise UpcycleError(
-            f"{repo_id} is no name on the Hub; write it as owner/name, of letters, digits, - _ ."
-        ) from None
-    if "/" not in repo_id:
-        raise UpcycleError(f"{repo_id} is no name on the Hub; write it as owner/name")
+    _check_name(repo_id)
     there = _look(repo_id)
     if there is None:
         if create_pr:
@@ -129,7 +137,7 @@ def plan_push(
             )
         if user is not None:
             _check_namespace(repo_id.split("/")[0], user)
-        return _planned(export, repo_id, branch, create_pr, private, new=True, existing=None, before=None)
+        return _planned(export, repo_id, branch, create_pr, private)
     if private and not there.private:
         raise UpcycleError(
             f"{repo_id} exists and is public; make it private in its settings first, or leave out --private"
@@ -144,57 +152,75 @@ def plan_push(
                         f"{repo_id}: you have no right to write there; choose another repository, or --create-pr"
                     ) from error
                 raise
-    existing, before = (_read(repo_id, branch, name) for name in (CARD, provenance.FILE))
-    return _planned(export, repo_id, branch, create_pr, private, new=False, existing=existing, before=before)
+    # A new branch starts from main.
+    return _planned(export, repo_id, branch, create_pr, private, there=(branch and _look(repo_id, branch)) or there)
 
 
 def plan_unseen(export: Export, repo_id: str, *, branch: str | None, create_pr: bool, private: bool) -> Push:
     """As `plan_push`, without asking the Hub: as if there were nothing yet."""
-    return _planned(export, repo_id, branch, create_pr, private, new=True, existing=None, before=None)
+    _check_name(repo_id)
+    return _planned(export, repo_id, branch, create_pr, private)
+
+
+def _check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise UpcycleError(
+            f"{repo_id} is no name on the Hub; write it as owner/name, of letters, digits, - _ ."
+        ) from None
+    if "/" not in repo_id:
+        raise UpcycleError(f"{repo_id} is no name on the Hub; write it as owner/name")
 
 
 def _planned(
-    export: Export,
-    repo_id: str,
-    branch: str | None,
-    create_pr: bool,
-    private: bool,
-    *,
-    new: bool,
-    existing: str | None,
-    before: str | None,
+    export: Export, repo_id: str, branch: str | None, create_pr: bool, private: bool, *, there: ModelInfo | None = None
 ) -> Push:
+    """``there``: the repository, at the commit that will be the parent."""
+    names = {sibling.rfilename for sibling in (there.siblings or [])} if there else set()
     local = export.folder / CARD
-    if existing is None and local.is_file():
-        existing = local.read_text()
-    card: Card = make_card(export, repo_id)
+    existing = None
+    if there and CARD in names:
+        existing = _decode(_read(repo_id, str(there.sha), CARD), f"the {CARD} of {repo_id}")
+    elif local.is_file():
+        existing = _decode(local.read_bytes(), str(local))
     delete: list[str] = []
-    if before is not None:
+    if there and provenance.FILE in names:
         with suppress(ValueError):  # not ours: nothing of it is touched
-            delete = sorted(set(provenance.parse(before)["files"]) - set(export.files))
-    kept = edited_parts(card, existing) if existing else []
-    return Push(export, repo_id, branch, create_pr, private, new, render(card, existing), kept, delete)
+            ours = set(provenance.parse(_read(repo_id, str(there.sha), provenance.FILE).decode())["files"])
+            delete = sorted((ours & names) - {*export.files, CARD, provenance.FILE, ".gitattributes"})
+    card: Card = make_card(export, repo_id)
+    try:
+        text = render(card, existing)
+        kept = edited_parts(card, existing) if existing else []
+    except UpcycleError as error:
+        raise UpcycleError(f"{repo_id if there and CARD in names else local}: {error}") from error
+    return Push(
+        export, repo_id, branch, create_pr, private, there is None, text, kept, delete,
+        there.sha if there else None,
+    )  # fmt: skip
 
 
-def _look(repo_id: str) -> Any:
+def _decode(text: bytes, what: str) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise UpcycleError(f"{what} is no UTF-8 text, so your edits of it cannot be kept; mend it first") from None
+
+
+def _look(repo_id: str, branch: str | None = None) -> ModelInfo | None:
+    """The repository, at the head of the branch; None where there is none, or it may not be seen."""
     with _explained(repo_id):
         try:
-            return HfApi().model_info(repo_id)
-        except RepositoryNotFoundError:
+            return HfApi().model_info(repo_id, revision=branch)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
             return None
 
 
-def _read(repo_id: str, branch: str | None, name: str) -> str | None:
-    """A small text file of the repository; None where it, or the branch, does not exist."""
+def _read(repo_id: str, commit: str, name: str) -> bytes:
+    """A small file of the repository. A commit never changes, so what the cache holds of it is right."""
     with _explained(repo_id):
-        for revision in (branch, None) if branch else (None,):
-            try:
-                return Path(hf_hub_download(repo_id, name, revision=revision)).read_text()
-            except RevisionNotFoundError:
-                continue  # a new branch starts from main
-            except EntryNotFoundError:
-                return None
-    return None
+        return Path(hf_hub_download(repo_id, name, revision=commit)).read_bytes()
 
 
 def _check_namespace(owner: str, user: dict[str, Any]) -> None:
@@ -232,7 +258,6 @@ def push(planned: Push, *, on_step: Callable[[str], None] = lambda what: None) -
     ]
     card = CommitOperationAdd(path_in_repo=CARD, path_or_fileobj=planned.card.encode())
     gone = [CommitOperationDelete(path_in_repo=name) for name in planned.delete]
-    before = _head(repo, planned.branch)
     on_step(f"uploading to {repo}")
     with _explained(repo, undone):
         try:
@@ -242,21 +267,58 @@ def push(planned: Push, *, on_step: Callable[[str], None] = lambda what: None) -
                 commit_message="Upload a model made by upcycle",
                 revision=planned.branch,
                 create_pr=planned.create_pr,
+                parent_commit=planned.parent,
             )
         except Exception as error:
-            if planned.create_pr or not _disconnected(error):
+            if not _left_open(error):
                 raise
-            # The connection may have broken after the commit was made.
-            now = _head(repo, planned.branch)
-            if now == before:
+            # The Hub may have committed all the same.
+            if planned.create_pr:
+                where = f"{constants.ENDPOINT}/{repo}/discussions"
+                raise UpcycleError(
+                    f"{_line(repo, error)}; it is not known whether the pull request was opened: look at {where}"
+                ) from error
+            head = _committed(planned, [*files, card])
+            if head is None:
                 raise
-            return f"{constants.ENDPOINT}/{repo}/commit/{now}"
+            return f"{constants.ENDPOINT}/{repo}/commit/{head}"
+    if done.oid == planned.parent:
+        on_step("everything is there already: nothing was committed")
     return done.pr_url or done.commit_url
 
 
-def _head(repo_id: str, branch: str | None) -> str | None:
-    with _explained(repo_id, "it is not known whether it was committed; run the command again"):
-        return HfApi().model_info(repo_id, revision=branch).sha
+def _left_open(error: Exception) -> bool:
+    """Whether the request to commit was sent and its outcome is not known."""
+    sent = any("/commit/" in _url(cause) for cause in causes(error))
+    return sent and (_disconnected(error) or _status(error) >= 500)
+
+
+def _url(error: Any) -> str:
+    try:
+        return str(error.request.url)
+    except (AttributeError, RuntimeError):  # errors of transport may not know their request
+        return ""
+
+
+def _status(error: Exception) -> int:
+    return next((cause.response.status_code for cause in causes(error) if isinstance(cause, HfHubHTTPError)), 0)
+
+
+def _committed(planned: Push, sent: list[CommitOperationAdd]) -> str | None:
+    """The head of the branch, if it holds what was to be committed."""
+    with _explained(planned.repo_id, "it is not known whether it was committed; run the command again"):
+        info = HfApi().model_info(planned.repo_id, revision=planned.branch, files_metadata=True)
+    there = {sibling.rfilename: sibling for sibling in info.siblings or []}
+
+    def same(operation: CommitOperationAdd) -> bool:
+        found = there.get(operation.path_in_repo)
+        if found is None or found.lfs is not None:
+            return found is not None and found.lfs.sha256 == operation.upload_info.sha256.hex()
+        with operation.as_file() as file:
+            return found.blob_id == git_hash(file.read())
+
+    done = all(map(same, sent)) and not set(planned.delete) & set(there)
+    return str(info.sha) if done else None
 
 
 @contextmanager
@@ -293,6 +355,8 @@ def _line(spec: str, error: Exception) -> str | None:
             if status in (409, 412):
                 return f"{spec}: somebody else changed it meanwhile ({status})"
             return f"{spec}: the Hub answers with an error ({status}); try again later"
+    if any(isinstance(cause, json.JSONDecodeError) for cause in causes(error)):
+        return f"{spec}: {constants.ENDPOINT} answers with something else than the Hub would; try again later"
     if _disconnected(error):
         return f"{spec}: the connection to {constants.ENDPOINT} failed"
     mended = explain(spec, None, error)

@@ -159,4 +159,4 @@ def licence_of(card: Path) -> str | None:
     licence = metadata.get("license")
     if licence == "other":  # the Hub's way to say that the name is elsewhere
         licence = metadata.get("license_name", licence)
-    return licence if isinstance(licence, str) else None
+    return licence if isinstance(licence, str) and licence != "unknown" else None
