@@ -34,7 +34,7 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
         return _facts(spec, source.config, _headers(source), source.revision, source.licence, source.origin)
     seen = hub.peek(spec, revision=revision)
     origin = provenance.read(seen.folder)
-    licence = licence_of(seen.folder / "README.md") or (origin or {"base": {}})["base"].get("licence")
+    licence = (origin or {"base": {}})["base"].get("licence") or licence_of(seen.folder / "README.md")
     return _facts(spec, seen.layout.config, seen.tensors, seen.commit, licence, origin)
 
 

@@ -4,9 +4,10 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ _UNHASHED = {FILE, "README.md", ".gitattributes"}
 
 def command() -> str | None:
     """The command line that is running, as a user would type it; None where the package is used as a library."""
-    if Path(sys.argv[0]).name not in ("upcycle", "__main__.py"):
+    program = Path(sys.argv[0])
+    if program.name != "upcycle" and program.parts[-2:] != ("upcycle", "__main__.py"):
         return None
     # A resumed run is the run that began: it ends with the same bytes.
     return shlex.join(["upcycle", *(word for word in sys.argv[1:] if word not in ("--resume", "--debug"))])
@@ -54,16 +56,23 @@ def extended(header: Mapping[str, str], done: dict[str, Any]) -> dict[str, str]:
 def _placeless(done: dict[str, Any]) -> dict[str, Any]:
     done = dict(done)
     if done.get("command"):
-        words, kept = iter(shlex.split(done["command"])), []
-        for word in words:
-            if word in _PLACES:
-                next(words, None)
-            elif word not in _SWITCHES and not word.startswith(tuple(f"{place}=" for place in _PLACES)):
-                kept.append(word)
-        done["command"] = shlex.join(kept)
+        done["command"] = shlex.join(_placeless_words(shlex.split(done["command"])))
     if done.get("recipe"):
         done["recipe"] = {key: value for key, value in done["recipe"].items() if key != "out"}
     return done
+
+
+def _placeless_words(words: list[str]) -> Iterator[str]:
+    rest = iter(words)
+    for word in rest:
+        if word in _PLACES:
+            next(rest, None)
+        elif word == "--set":
+            assignment = next(rest, "")
+            if not assignment.startswith("out="):
+                yield from (word, assignment)
+        elif word not in _SWITCHES and not word.startswith(("--out=", "--set=out=")) and not re.match("-o.", word):
+            yield word
 
 
 def write(
@@ -111,6 +120,14 @@ def parse(text: str) -> dict[str, Any]:
     kinds = {"base": dict, "history": list, "evidence": list, "files": dict}
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise ValueError("it lacks base, history, evidence or files")
+    for name, entries, needed in (
+        ("history", found["history"], {"what": str}),
+        ("evidence", found["evidence"], {"metric": str, "better": str, "settings": dict}),
+        ("files", found["files"].values(), {"bytes": int, "sha256": str}),
+    ):
+        for entry in entries:
+            if not isinstance(entry, dict) or not all(isinstance(entry.get(k), kind) for k, kind in needed.items()):
+                raise ValueError(f"an entry of its {name} lacks {' or '.join(needed)}")
     return found
 
 

@@ -68,8 +68,10 @@ def _show(facts: dict[str, Any]) -> None:
             version = event.get("versions", {}).get("upcycle", "?")
             table.add_row(event["what"], f"{event.get('command') or 'from Python'} (upcycle {version})")
         for found in origin["evidence"]:
-            teacher = "" if found.get("teacher") is None else f", teacher {found['teacher']:.4g}"
-            table.add_row(found["metric"], f"{found['student']:.4g}{teacher}")
+            student, teacher = (
+                "not measured" if found.get(who) is None else f"{found[who]:.4g}" for who in ("student", "teacher")
+            )
+            table.add_row(found["metric"], f"{student}, teacher {teacher}")
         table.add_row("files", f"{len(origin['files'])}, each with its SHA-256 in upcycle.json")
     elif facts["kind"] == "student":
         table.add_row("provenance", "not recorded")
