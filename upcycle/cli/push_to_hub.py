@@ -100,7 +100,10 @@ def push_to_hub(
         stderr.print(f"note: edited on the Hub and kept: {', '.join(planned.kept)}")
     _confirm(planned, yes)
     disable_progress_bars() if as_json else None
-    url = push.push(planned, on_step=stderr.print)
+    try:
+        url = push.push(planned, on_step=stderr.print)
+    finally:
+        _end_bars()
     if as_json:
         print_json({**_facts(planned), "url": url})
         return
@@ -117,6 +120,14 @@ def _measure(folder: Path, device: str | None) -> None:
     with progress() as bar:
         task = bar.add_task("sampling for the card", total=FORWARDS)
         measure(folder, pipe, step=lambda: bar.advance(task))
+
+
+def _end_bars() -> None:
+    """End the lines of bars that an upload left open, or an error would be said behind one of them."""
+    from huggingface_hub.utils import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def _facts(planned: Any) -> dict[str, Any]:
