@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from conftest import run
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ from upcycle.graft.convert import convert
 from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher, measure_difference
 from upcycle.models.chunked_dit import ChunkedDiT, Routing, teacher_grid
+from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sources import open_source
 from upcycle.training.digits import TEACHER, load_digits
 
@@ -215,6 +216,59 @@ def test_zero_tail_drop_changes_no_bit(student):
     assert torch.equal(plain, model(x, t, y, tail_drop=torch.zeros(3)).sample)
     model.set_tail_drop(0.5)
     assert not torch.equal(plain, model(x, t, y).sample)
+
+
+@torch.inference_mode()
+def test_lite_cfg_drops_in_the_unconditional_half(student):
+    model = unsettle(student)
+    x, t, y = noisy(model, 4), torch.tensor([900, 900, 300, 300]), torch.tensor([1, 10, 2, 1000])
+    plain = model(x, t, y)
+    kept = plain.routing.mask.sum(1)
+    model.set_lite_cfg(uncond=0.5)
+    lite = model(x, t, y)
+    assert lite.routing.mask.sum(1).tolist() == [kept[0], kept[1] - kept[1] // 2, kept[2], kept[3] - kept[3] // 2]
+    torch.testing.assert_close(lite.sample[[0, 2]], plain.sample[[0, 2]], **EXACT)
+    assert torch.equal(lite.sample, model(x, t, y, tail_drop=torch.tensor([0.0, 0.5, 0.0, 0.5])).sample)
+    # It goes with tail drop, and what is passed comes before both.
+    model.set_tail_drop(0.25)
+    both = model(x, t, y)
+    assert torch.equal(both.sample, model(x, t, y, tail_drop=torch.tensor([0.25, 0.5, 0.25, 0.5])).sample)
+    assert torch.equal(plain.sample, model(x, t, y, tail_drop=0.0).sample)
+    # None is as if it had never been set, to the last bit; 0 is none for the null class.
+    model.set_lite_cfg(uncond=0)
+    assert model(x, t, y).routing.mask.sum(1)[[1, 3]].tolist() == kept[[1, 3]].tolist()
+    model.set_tail_drop(0.0)
+    model.set_lite_cfg(None)
+    assert torch.equal(plain.sample, model(x, t, y).sample)
+    for wrong in (1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="uncond must be in"):
+            model.set_lite_cfg(wrong)
+
+
+@torch.inference_mode()
+def test_lite_cfg_in_a_guided_stock_pipeline(export_dir):
+    pipe = load_pipeline(str(export_dir))
+    assert type(pipe) is DiTPipeline
+    pipe.set_progress_bar_config(disable=True)
+    route, seen = pipe.transformer.route, []
+
+    def watched(*arguments):
+        seen.append(routing := route(*arguments))
+        return routing
+
+    pipe.transformer.route = watched
+
+    def draw():
+        return pipe([1, 9], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+    plain = draw()
+    pipe.transformer.set_lite_cfg(uncond=0.5)
+    seen.clear()
+    lite = draw()
+    assert [routing.mask.sum(1).tolist() for routing in seen] == [[64, 64, 32, 32]] * 2
+    assert (lite != plain).any()
+    pipe.transformer.set_lite_cfg(None)
+    assert (draw() == plain).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
