@@ -5,8 +5,9 @@ python benchmarks/flops.py
 
 from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
 from upcycle.graft.plan import full_config
+from upcycle.sources import SHAPES
 
-for size, heads, head_dim, layers in (("S", 6, 64, 12), ("B", 12, 64, 12), ("L", 16, 64, 24), ("XL", 16, 72, 28)):
+for size, (heads, head_dim, layers) in SHAPES.items():
     dit = {
         "num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": layers, "sample_size": 32,
         "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_classes": 1000,

@@ -21,12 +21,13 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-SHAPES = {"S": (6, 64, 12), "B": (12, 64, 12), "L": (16, 64, 24), "XL": (16, 72, 28)}
 KINDS = ("teacher", "student", "even", "distilled")
 
 
 def teacher_config(options: argparse.Namespace) -> dict[str, Any]:
     """The stock model's options for a shape such as S/2."""
+    from upcycle.sources import SHAPES
+
     name, patch = options.shape.split("/")
     heads, head_dim, layers = SHAPES[name]
     return {

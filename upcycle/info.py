@@ -9,12 +9,11 @@ from typing import Any
 from upcycle import provenance
 from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
 from upcycle.graft.plan import full_config
-from upcycle.sources import DCDiTConfig, DiTConfig, Source, StudentConfig, hub, open_source
+from upcycle.sources import SHAPES, DCDiTConfig, DiTConfig, Source, StudentConfig, hub, open_source
 from upcycle.sources.diffusers_folder import licence_of
 
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
-_HEADS_WIDTH_LAYERS = {(6, 384, 12): "S", (12, 768, 12): "B", (16, 1024, 24): "L", (16, 1152, 28): "XL"}
 
 
 def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def _shape(config: DiTConfig | DCDiTConfig | StudentConfig) -> dict[str, Any]:
     else:
         heads, layers, patch = values["num_attention_heads"], values["num_layers"], values["patch_size"]
         width = heads * values["attention_head_dim"]
-    size = _HEADS_WIDTH_LAYERS.get((heads, width, layers))
+    size = {(h, h * each, n): name for name, (h, each, n) in SHAPES.items()}.get((heads, width, layers))
     return {
         "name": f"{size}/{patch}" if size and patch else size,
         "layers": layers,

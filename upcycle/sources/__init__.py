@@ -10,12 +10,13 @@ from typing import Literal
 from upcycle.errors import UpcycleError
 from upcycle.sources import hub
 from upcycle.sources.checkpoint import open_checkpoint
-from upcycle.sources.description import DCDiTConfig, DiTConfig, Source, StudentConfig, dit_shapes
+from upcycle.sources.description import SHAPES, DCDiTConfig, DiTConfig, Source, StudentConfig, dit_shapes
 from upcycle.sources.diffusers_folder import open_folder
 from upcycle.sources.tensors import LazyTensor, check_finite
 
 __all__ = [
-    "DCDiTConfig", "DiTConfig", "LazyTensor", "Source", "StudentConfig", "check_finite", "dit_shapes", "open_source",
+    "SHAPES", "DCDiTConfig", "DiTConfig", "LazyTensor", "Source", "StudentConfig", "check_finite", "dit_shapes",
+    "open_source",
 ]  # fmt: skip
 
 

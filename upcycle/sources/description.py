@@ -11,6 +11,10 @@ from upcycle.sources.tensors import LazyTensor
 TIMESTEP_FEATURES = 256
 
 
+# The published sizes: attention heads, their width, blocks.
+SHAPES = {"S": (6, 64, 12), "B": (12, 64, 12), "L": (16, 64, 24), "XL": (16, 72, 28)}
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """A patchified, class-conditional DiT. Sizes are in latent pixels; `num_classes` does not count the null class."""

@@ -1,0 +1,182 @@
+"""`upcycle bench`: how fast a student is beside its teacher, on this machine."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from upcycle.cli.device import Dtype
+from upcycle.errors import UpcycleError
+
+EPILOG = """
+[bold]Examples[/bold]\n
+  upcycle bench --shape XL/2\n
+  upcycle bench runs/xl4/export --teacher facebook/DiT-XL-2-256 --device cuda --dtype bf16 --batch 32\n
+  upcycle bench --shape S/2 --size 64 --tail-drop 0,0.4,0.6 --json\n
+\n
+Speed hardly depends on weights: --shape takes random ones, with a router that keeps 1/ratio of the positions.\n
+"""
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="An export, or the Hub id of one.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a model: random weights, S/2 to XL/8 (teacher's patch size).")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="ID|DIR", help="Stock DiT to compare with. Default: random weights.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="--shape: side of the latents; 32 is 256 px.")] = 32,
+    ratio: Annotated[float | None, typer.Option(help="--shape: positions per token. Default: patch squared.")] = None,
+    layers: Annotated[int | None, typer.Option(help="--shape: fewer blocks than the shape has.")] = None,
+    tail_drop: Annotated[str, typer.Option(metavar="ρ,ρ", help="Tail drops of the student.")] = "0,0.3,0.6",
+    uncond_tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Of the unconditional half, Lite-CFG.")] = 0.9,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
+    steps: Annotated[int, typer.Option(help="DDIM steps of a run.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = "fp32",
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the blocks of both.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Time teacher and student in turn: sampling runs, FLOPs, how much of their saving becomes time, memory, parts."""
+    drops = _parse_drops(tail_drop)
+    for name, value in (("--batch", batch), ("--steps", steps), ("--repeats", repeats), ("--size", size)):
+        if value < 1:
+            raise UpcycleError(f"{name} {value} must be at least 1")
+    if not 0 <= uncond_tail_drop < 1:
+        raise UpcycleError(f"--uncond-tail-drop {uncond_tail_drop:g} must be at least 0 and less than 1")
+    if (model is None) == (shape is None):
+        raise UpcycleError("give either a model or --shape, such as --shape XL/2")
+    if model and (ratio is not None or layers is not None or size != 32):
+        raise UpcycleError("--size, --ratio and --layers are for --shape; a model has its own")
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks on stderr
+
+    from upcycle.cli.device import to_device, torch_dtype
+    from upcycle.cli.show import print_json, progress, quiet_libraries, working
+
+    quiet_libraries()
+    with working("loading"):
+        from upcycle.evaluation import bench as measuring
+        from upcycle.hub.measure import machine
+
+        settings = measuring.Settings(batch, steps, repeats, drops, uncond_tail_drop)
+        theirs, student = _from_shape(shape, size, ratio, layers) if shape else _from_model(str(model), teacher)
+        if shape and teacher:
+            theirs = _teacher(teacher)
+        models = [to_device(m, device).to(torch_dtype(dtype)).eval().requires_grad_(False) for m in (theirs, student)]
+        if compile_:
+            for block in (block for m in models for block in m.transformer_blocks):
+                block.compile(dynamic=True)
+    runs = len(measuring.variants_of(models[0], models[1], settings)) * (repeats + 1)
+    with progress() as bar:
+        task = bar.add_task("sampling runs, in turn", total=runs)
+        report = measuring.bench(*models, settings, step=lambda: bar.advance(task))
+    report |= {
+        "model": model or shape,
+        "machine": machine(models[1].device),
+        "settings": {**vars(settings), "dtype": dtype, "compile": compile_, "size": student.config.sample_size},
+    }
+    if as_json:
+        print_json(report)
+        return
+    _show(report)
+
+
+def _parse_drops(text: str) -> tuple[float, ...]:
+    try:
+        drops = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        drops = (-1.0,)
+    if not all(0 <= drop < 1 for drop in drops):
+        raise UpcycleError(f"--tail-drop {text} is not a list of numbers from 0 up to 1, such as 0,0.3,0.6")
+    return tuple(dict.fromkeys(drops))
+
+
+def _from_shape(shape: str, size: int, ratio: float | None, layers: int | None) -> tuple[Any, Any]:
+    from upcycle.evaluation.bench import keep_evenly
+    from upcycle.graft.verify import stock_dit
+    from upcycle.models.chunked_dit import ChunkedDiT
+    from upcycle.sources import SHAPES, DiTConfig
+
+    name, _, patch = shape.partition("/")
+    if name not in SHAPES or not patch.isdecimal() or not int(patch) or size % int(patch):
+        raise UpcycleError(
+            f"--shape {shape} is unknown for --size {size}; write {', '.join(SHAPES)}, a slash and a patch size that "
+            "divides the size, such as XL/2"
+        )
+
+    heads, head_dim, depth = SHAPES[name]
+    common: dict[str, Any] = {
+        "num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": layers or depth, "in_channels": 4,
+        "out_channels": 8, "sample_size": size, "patch_size": int(patch), "num_classes": 1000, "norm_eps": 1e-5,
+    }  # fmt: skip
+    kept = ratio or int(patch) ** 2
+    if not 1 <= kept <= size**2:
+        raise UpcycleError(f"--ratio {kept:g} must be between 1 and the {size**2} positions")
+    student = ChunkedDiT(**common, ratio=kept, guide=0.0)
+    keep_evenly(student, size**2 / kept)
+    return stock_dit(DiTConfig(**common, time_embedding="diffusers")), student
+
+
+def _from_model(model: str, teacher: str | None) -> tuple[Any, Any]:
+    from pathlib import Path
+
+    from upcycle.graft.verify import stock_dit
+    from upcycle.sources import DiTConfig, hub
+    from upcycle.sources.student import load_student
+
+    path = Path(model)
+    if not path.exists() and hub.is_hub_id(model):
+        path, _ = hub.fetch(model, revision=None, variant=None)
+    student = load_student(path)
+    if teacher:
+        return _teacher(teacher), student
+    c = student.config
+    patch = c.patch_size if c.scaffold == "lean" else max(1, round(c.ratio**0.5))
+    keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "sample_size",
+            "num_classes", "norm_eps")  # fmt: skip
+    values = {key: c[key] for key in keys}
+    return stock_dit(DiTConfig(**values, patch_size=patch, time_embedding="diffusers")), student
+
+
+def _teacher(spec: str) -> Any:
+    from upcycle.graft.verify import load_teacher
+    from upcycle.sources import DiTConfig, open_source
+
+    source = open_source(spec)
+    if not isinstance(source.config, DiTConfig):
+        raise UpcycleError(f"--teacher {spec} is no fixed-patch DiT; give the DiT that the model was made from")
+    return load_teacher(source)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from upcycle.cli.show import size, stdout
+
+    settings = report["settings"]
+    stdout.print(f"{report['model']}, batch {settings['batch']}, {settings['dtype']}, on {report['machine']}")
+    table = Table("", "tokens", "ms", "time", "FLOPs", "realised", "images/s", "memory")
+    for name, row in report["variants"].items():
+        table.add_row(
+            name,
+            f"{row['tokens']:.0f}",
+            f"{row['ms_per_forward']:.4g}",
+            f"{row['times_teacher']:.2f} x",
+            f"{row['flops_times_teacher']:.2f} x",
+            f"{row['realised_share']:.0%}",
+            f"{row['images_per_second']:.3g}",
+            "-" if row["peak_bytes"] is None else size(row["peak_bytes"]),
+        )
+    stdout.print(table, soft_wrap=False)
+    if report["parts"]:
+        parts = Table("share of the time", *(f"ρ={rho}" for rho in report["parts"]))
+        for name in next(iter(report["parts"].values())):
+            parts.add_row(name.replace("_", " "), *(f"{shares[name]:.1%}" for shares in report["parts"].values()))
+        stdout.print(parts, soft_wrap=False)
+    stdout.print(
+        f"ms: a call of the model, median of {settings['repeats']} interleaved runs of {settings['steps']} DDIM steps, "
+        "no VAE; time and FLOPs: beside the (guided) teacher's; realised: saved time beside saved FLOPs"
+    )

@@ -1,0 +1,270 @@
+"""How fast a student is beside its teacher: whole sampling runs, interleaved in one process."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
+from upcycle.models.chunked_dit import ChunkedDiT, Routing
+
+PARTS = ("encode", "route", "chunk", "embed_tokens", "run_blocks", "head", "dechunk", "decode")
+"""Methods of a lean `ChunkedDiT` that are timed one by one; what is left is the embedders."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    ``batch`` images at a time, ``steps`` DDIM steps a run, ``repeats`` rounds of runs after one that warms up.
+    ``tail_drops``: the student's ρ; ``uncond_tail_drop`` that of the unconditional half under Lite-CFG.
+    """
+
+    batch: int = 1
+    steps: int = 4
+    repeats: int = 3
+    tail_drops: tuple[float, ...] = (0.0, 0.3, 0.6)
+    uncond_tail_drop: float = 0.9
+
+
+@dataclass
+class Variant:
+    """A model and how it is called; ``guided`` ones get each image twice, with its class and with the null class."""
+
+    name: str
+    model: torch.nn.Module
+    guided: bool = False
+    tail_drop: float = 0.0
+    uncond_tail_drop: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+
+    @property
+    def student(self) -> bool:
+        return isinstance(self.model, ChunkedDiT)
+
+    def call(self, x: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The model's whole output; remembers the tokens that were kept."""
+        if not isinstance(self.model, ChunkedDiT):
+            return self.model(x, timestep, labels).sample
+        self.model.set_tail_drop(self.tail_drop)
+        self.model.set_lite_cfg(self.uncond_tail_drop)
+        out = self.model(x, timestep, labels)
+        self.kept.append(out.routing.mask.sum(1))
+        return out.sample
+
+
+def keep_evenly(student: ChunkedDiT, tokens: float) -> None:
+    """Let the router keep ``tokens`` of every sample, evenly spread, and drop the tail of that.
+
+    Random weights keep what they like; what the router computes is still computed.
+    """
+    decide = student.route
+
+    def route(
+        features: torch.Tensor,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: torch.Tensor,
+        tail_drop: float | torch.Tensor,
+        guide: float | torch.Tensor,
+    ) -> Routing:
+        routing = decide(features, x, timestep, condition, tail_drop, guide)
+        batch, size = routing.mask.shape
+        position = torch.arange(size, device=x.device)
+        left = 1 - torch.as_tensor(tail_drop, device=x.device, dtype=torch.float32).expand(batch)[:, None]
+        count = (tokens * left).round().clamp(min=1).long()
+        mask = (position * count) // size != ((position - 1) * count) // size
+        return dataclasses.replace(routing, mask=mask, mask_natural=mask)
+
+    student.route = route  # type: ignore[method-assign]
+
+
+def variants_of(teacher: DiTTransformer2DModel, student: ChunkedDiT, settings: Settings) -> list[Variant]:
+    """Teacher and student at every ρ, then both under guidance, the student with Lite-CFG too."""
+    plain = [Variant(f"student, ρ={rho:g}", student, tail_drop=rho) for rho in settings.tail_drops]
+    lite = f"student, guided, Lite-CFG {settings.uncond_tail_drop:g}"
+    return [
+        Variant("teacher", teacher),
+        *plain,
+        Variant("teacher, guided", teacher, guided=True),
+        Variant("student, guided", student, guided=True),
+        Variant(lite, student, guided=True, uncond_tail_drop=settings.uncond_tail_drop),
+    ]
+
+
+@torch.inference_mode()
+def bench(
+    teacher: DiTTransformer2DModel,
+    student: ChunkedDiT,
+    settings: Settings,
+    *,
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measure; both models lie on one device in one dtype. ``step`` is called after every run.
+
+    Returns:
+        ``variants``: name -> ``ms_per_forward`` (a call of the batch; median over the rounds of the mean over a run),
+        ``images_per_second`` of such a run (without a VAE), ``flops_per_image``, ``tokens``, ``peak_bytes`` of a call
+        beyond the weights, and beside its teacher (the guided one for guided ones) ``times_teacher``,
+        ``flops_times_teacher`` and ``realised_share`` = measured speed-up / speed-up in FLOPs. ``parts``: by ρ, the
+        seconds' share of each part of a lean student. ``flops_cross_check``: ours and torch's counter's, attention
+        aside where that does not see it.
+    """
+    device, dtype = student.device, student.dtype
+    variants = variants_of(teacher, student, settings)
+    for round_ in range(settings.repeats + 1):
+        for variant in variants:
+            seconds = _run(variant, settings, device, dtype)
+            if round_:
+                variant.seconds.append(seconds)
+            step()
+    results = {variant.name: _result(variant, settings, device, dtype) for variant in variants}
+    for variant in variants:
+        own, base = results[variant.name], results["teacher, guided" if variant.guided else "teacher"]
+        own["times_teacher"] = own["ms_per_forward"] / base["ms_per_forward"]
+        own["flops_times_teacher"] = own["flops_per_image"] / base["flops_per_image"]
+        own["realised_share"] = own["flops_times_teacher"] / own["times_teacher"]
+    parts = {}
+    if student.config.scaffold == "lean":
+        parts = {f"{v.tail_drop:g}": _parts(v, settings, device, dtype) for v in variants if v.student and not v.guided}
+    return {"variants": results, "parts": parts, "flops_cross_check": _cross_check(variants[1], device, dtype)}
+
+
+def _inputs(
+    variant: Variant, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise [batch, C, H, W] from a fixed seed, and labels, twice with the null class where guided."""
+    c = variant.model.config
+    classes = c.num_classes if variant.student else c.num_embeds_ada_norm
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, c.in_channels, c.sample_size, c.sample_size, generator=generator)
+    labels = torch.arange(batch) * 7 % classes
+    if variant.guided:
+        labels = torch.cat([labels, torch.full((batch,), classes)])
+    return x.to(device, dtype), labels.to(device)
+
+
+def _run(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of a sampling run."""
+    x, labels = _inputs(variant, settings.batch, device, dtype)
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(settings.steps)
+    variant.kept.clear()
+    _wait(device)
+    start = time.perf_counter()
+    for t in scheduler.timesteps.tolist():
+        both = torch.cat([x, x]) if variant.guided else x
+        out = variant.call(both, torch.full((len(both),), t, device=device), labels)[:, : x.shape[1]]
+        if variant.guided:
+            conditional, unconditional = out.chunk(2)
+            out = unconditional + 4 * (conditional - unconditional)
+        x = scheduler.step(out, t, x).prev_sample
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _result(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    seconds = statistics.median(variant.seconds)
+    copies = 2 if variant.guided else 1
+    c = variant.model.config
+    if variant.student:
+        kept = torch.stack([torch.as_tensor(n) for n in variant.kept]).flatten().tolist()
+        forward = statistics.mean(sum(chunked_dit_flops(c, n).values()) for n in kept)
+        tokens = statistics.mean(kept)
+    else:
+        forward = dit_flops({**c, "num_classes": c.num_embeds_ada_norm})
+        tokens = (c.sample_size // c.patch_size) ** 2
+    return {
+        "ms_per_forward": 1000 * seconds / settings.steps,
+        "images_per_second": settings.batch / seconds,
+        "flops_per_image": copies * settings.steps * forward,
+        "tokens": tokens,
+        "peak_bytes": _peak(variant, settings, device, dtype),
+    }
+
+
+def _once(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+    x, labels = _inputs(variant, settings.batch, device, dtype)
+    x = torch.cat([x, x]) if variant.guided else x
+    variant.call(x, torch.full((len(x),), 500, device=device), labels)
+
+
+def _peak(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> int | None:
+    """Peak bytes of a call beyond the weights; None where the device does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _once(variant, settings, device, dtype)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        _once(variant, settings, device, dtype)
+    now = peak = 0
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _parts(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Share of a forward's time by part, over a run whose parts wait for each other."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    with _timed(variant.model, seconds, device):
+        whole = _run(variant, settings, device, dtype)
+    return {**{name: value / whole for name, value in seconds.items()}, "rest": 1 - sum(seconds.values()) / whole}
+
+
+@contextmanager
+def _timed(model: torch.nn.Module, seconds: dict[str, float], device: torch.device) -> Iterator[None]:
+    before = {name: model.__dict__.get(name) for name in seconds}
+
+    def timer(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            _wait(device)
+            start = time.perf_counter()
+            out = method(*arguments)
+            _wait(device)
+            seconds[name] += time.perf_counter() - start
+            return out
+
+        return timed
+
+    for name in seconds:
+        setattr(model, name, timer(name, getattr(model, name)))
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:
+                delattr(model, name)
+            else:
+                setattr(model, name, method)
+
+
+def _cross_check(variant: Variant, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """One forward of one sample, attention left out of both where torch's counter does not see it."""
+    c = variant.model.config
+    variant.kept.clear()
+    with FlopCounterMode(display=False) as counter:
+        _once(variant, Settings(batch=1), device, dtype)
+    tokens = int(variant.kept[-1][0])
+    ours = sum(chunked_dit_flops(c, tokens).values())
+    seen = counter.get_flop_counts()["Global"]
+    if not any("attention" in str(op) for op in seen):
+        ours -= c.num_layers * c.num_attention_heads * tokens**2 * (4 * c.attention_head_dim + 3)
+    return {"ours": ours, "torch": float(counter.get_total_flops())}
