@@ -76,7 +76,7 @@ def run_demo(
         trained = train(recipe, prepared.student, prepared.teacher, prepared.data, prepared.out, on_step=on_step)
         seconds["training"] = time.perf_counter() - clock
         done = provenance.event("demo", steps=recipe.steps, recipe=recipe.model_dump(mode="json"))
-        export_student(trained, prepared.start, folder / "pipeline", event=done)
+        export_student(trained.student, prepared.start, folder / "pipeline", event=done)
 
         student = load_student(folder / "pipeline")
         student_loss = validate(student, images, labels, alpha_bar).mean_loss

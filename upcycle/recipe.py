@@ -214,6 +214,9 @@ class Recipe(_Strict):
             raise ValueError("student: start from an export, or convert the teacher, not both; leave out one of them")
         if self.student is not None and self.vae is not None:
             raise ValueError("vae: the student keeps its own; leave out 'vae' or 'student'")
+        frozen = [stage.name for stage in self.stages if "head" in stage.freeze]
+        if frozen and self.student is None and "paper" in (self.convert.init, self.convert.scaffold):
+            raise ValueError(f"stages.{frozen[0]}.freeze: the paper scaffold's head is fresh; leave 'head' out")
         if self.student is None and self.student_revision is not None:
             raise ValueError("student_revision: there is no student whose revision it could be; leave it out")
         names = [stage.name for stage in self.stages]

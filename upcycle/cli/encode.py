@@ -36,7 +36,7 @@ def encode(
         bool, typer.Option("--flip/--no-flip", help="Whether to encode mirror images, too; not for digits or text.")
     ] = True,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Images at a time.")] = 32,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images a file.")] = 10_000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images a file; an interruption loses those of one.")] = 10_000,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read images. Default: one a core, at most 16.")
     ] = None,
@@ -50,7 +50,7 @@ def encode(
     """Encode images with a VAE, as the mean and width of their posteriors, for `upcycle finetune` to draw from."""
     from upcycle.cli.device import to_device, torch_dtype
     from upcycle.cli.latents import fill
-    from upcycle.cli.show import quiet_libraries, working
+    from upcycle.cli.show import quiet_libraries, stderr, working
 
     quiet_libraries()
     if out.resolve().is_relative_to(Path(images).resolve()):
@@ -65,6 +65,10 @@ def encode(
         from upcycle.latents import encode as encoding
         from upcycle.latents.vae import load_vae
 
+        empty = sorted(set(range(listed.num_classes)) - set(listed.labels))
+        if listed.classes and empty:
+            shown = ", ".join(listed.classes[label] for label in empty[:5])
+            stderr.print(f"note: {len(empty)} class folders hold no images, and keep their labels: {shown}")
         encoder = load_vae(vae)
         settings = {"size": size, "flips": flip, "dtype": torch_dtype(dtype)}
         header = encoding.encoding_header(listed, encoder, vae, **settings)

@@ -1,6 +1,7 @@
 """`upcycle finetune`: post-train a converted model from a recipe."""
 
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,10 @@ EPILOG = """
   upcycle finetune recipes/xl4.yaml --resume\n
   accelerate launch --num_processes 8 -m upcycle finetune recipes/xl4.yaml\n
 """
+
+
+LINE_SECONDS = 30
+"""Where stderr is a file, a line so often instead of a bar."""
 
 
 def finetune(
@@ -51,12 +56,24 @@ def finetune(
     with progress() as bar:
         task = bar.add_task("finetune", total=checked.steps)
 
+        said = begun = time.monotonic()
+        first: int | None = None
+
         def on_step(row: dict[str, Any]) -> None:
+            nonlocal said, first
             last.update(row)
-            bar.update(task, completed=row["step"], description=_describe(row))
+            first = row["step"] - 1 if first is None else first
+            bar.status = _describe(row)
+            bar.update(task, completed=row["step"], description=row["stage"])
+            now = time.monotonic()
+            if not stderr.is_terminal and (now - said > LINE_SECONDS or row["step"] == first + 1):
+                said = now
+                left = (now - begun) / (row["step"] - first) * (checked.steps - row["step"])
+                stderr.print(f"step {row['step']} of {checked.steps}, {left / 3600:.2f} h left, {_describe(row)}")
 
         try:
             export = run.finetune(prepared, resume=resume, on_step=on_step, on_note=bar.console.print)
+            bar.update(task, visible=bool(last))
         except loop.Interrupted as interrupted:
             bar.stop()
             options = [word for item in set_ or [] for word in ("--set", item)]
@@ -73,10 +90,10 @@ def finetune(
 
 
 def _describe(row: dict[str, Any]) -> str:
-    """What the progress bar says of a step."""
+    """What the line below the progress bar says of a step."""
     levels = "/".join("-" if (v := row[key]) != v else f"{v:.0f}" for key in row if key.startswith("tokens_t"))
     return (
-        f"{row['stage']}  loss {row['loss']:.4f}  ratio {row['ratio']:.2f}  tokens {levels}  "
+        f"loss {row['loss']:.4f}  ratio {row['ratio']:.2f}  tokens {levels}  "
         f"{row['step_seconds']:.2f} s/step, {row['data_seconds']:.2f} for data"
     )
 

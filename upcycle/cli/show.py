@@ -4,9 +4,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.status import Status
+from rich.table import Column
 from rich.text import Text
 
 from upcycle.output import to_json
@@ -44,17 +46,32 @@ class _Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:.3g} {self._unit}/s")
 
 
-def progress(unit: str | None = None) -> Progress:
-    """A progress display with elapsed and remaining time, and with ``unit`` how many of them a second."""
-    return Progress(
+class Bar(Progress):
+    """A progress display; ``status`` is a second line, cut to the width of the terminal."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.status:
+            yield Text(f"  {self.status}", no_wrap=True, overflow="ellipsis")
+
+
+def progress(unit: str | None = None) -> Bar:
+    """A progress display with elapsed and remaining time, and with ``unit`` how many of them a second.
+
+    In a narrow terminal the description is cut, not the figures.
+    """
+    return Bar(
         SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         *([_Speed(unit)] if unit else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=stderr,
+        expand=True,
     )
 
 

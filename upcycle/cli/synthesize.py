@@ -33,7 +33,7 @@ def synthesize(
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--batch", min=1, help="Samples at a time; does not change them.")
     ] = 16,
-    shard_size: Annotated[int, typer.Option(min=1, help="Samples a file.")] = 10_000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples a file; an interruption loses those of one.")] = 1_000,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the teacher's arithmetic; latents are stored in fp16.")] = "fp32",

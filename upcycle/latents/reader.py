@@ -73,6 +73,14 @@ class LatentFolder:
         return {**self.__dict__, "_files": {}}
 
     @property
+    def fingerprint(self) -> str:
+        """What a continued run must find again: the number of samples, and a digest of the shards (by their hashes, or
+        in a bare folder by names and sizes)."""
+        known = [entry["sha256"] for entry in (self.index or {}).get("shards", [])]
+        told = known or [f"{path.name} {path.stat().st_size}" for path in self._paths]
+        return f"{len(self)} samples in shards {hashlib.sha256(' '.join(told).encode()).hexdigest()[:12]}"
+
+    @property
     def vae(self) -> dict[str, Any] | None:
         """What the index says about the VAE; see `describe_vae`."""
         return None if self.index is None else self.index.get("vae")

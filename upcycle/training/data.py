@@ -30,6 +30,11 @@ class TensorData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def fingerprint(self) -> str:
+        """What a continued run must find again."""
+        return f"{len(self)} samples of {self.name}"
+
     def row(self, index: int, *, flip: bool, noise: torch.Tensor | None) -> torch.Tensor:
         """A sample, fp32 [C, H, W]; these have neither flips nor a posterior."""
         return self.x0[index].float()

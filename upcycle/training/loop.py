@@ -7,6 +7,7 @@ where an uninterrupted one ends, on any number of ranks.
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,6 +42,17 @@ FROM_TEACHER = {
     "lean": ("embedders.", "pos_embed.", "transformer_blocks.", "proj_out_1.", "proj_out_2."),
     "paper": ("embedders.", "transformer_blocks."),
 }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: the student with its averaged weights (on the CPU, fp32, with the guide of the end), steps
+    done and skipped, and what was changed in the recipe between a checkpoint and its continuation."""
+
+    student: ChunkedDiT
+    steps: int
+    skipped: int
+    changes: list[dict[str, Any]]
 
 
 class Interrupted(Exception):
@@ -95,16 +107,16 @@ def train(
     resume: bool = False,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     on_note: Callable[[str], None] = lambda note: None,
-) -> ChunkedDiT:
-    """Run a recipe; returns a student with the averaged weights, on the CPU, in fp32, with the guide of the end.
+) -> Trained:
+    """Run a recipe.
 
     Writes ``out/log.csv``, ``out/checkpoints`` and what `Watch` writes. ``start`` is the export that the student comes
     from (its VAE and scheduler draw previews). ``on_step`` gets the row of every step, ``on_note`` what a person should
     know, on the main rank.
 
     Raises:
-        UpcycleError: a checkpoint that is damaged or of another recipe, too many steps in a row whose loss or gradient
-            is not finite, or no space for the checkpoint of an interrupted run.
+        UpcycleError: a checkpoint that is damaged or of another recipe or data, too many steps in a row whose loss or
+            gradient is not finite (or all of them), or no space for the checkpoint of an interrupted run.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     accelerator = make_accelerator(
@@ -120,7 +132,7 @@ def train(
     student = accelerator.unwrap_model(model)
     if is_sharded(student):
         fill_state(optimizer)
-    run = state.RunState(student, recipe.ema)
+    run = state.RunState(student, recipe.ema, data.fingerprint)
     state.register(accelerator)
     folder = out / "checkpoints"
     note = on_note if accelerator.is_main_process else lambda text: None
@@ -128,6 +140,8 @@ def train(
         checkpoint = state.newest(folder, recipe)
         if checkpoint:
             state.load(accelerator, checkpoint, run)
+            state.check_data(checkpoint, run, data.fingerprint)
+            run.changes += state.changes(checkpoint, recipe, run.step)
         else:
             note(f"no checkpoint in {folder} yet: the run starts anew")
 
@@ -163,7 +177,9 @@ def train(
                     mean = log.flush() or mean  # before the checkpoint, or a continued run would write it again
                 if mean:
                     watch.track(mean)
-                if stopped or last or watch.is_best or run.step % recipe.save_every == 0:
+                # Not among steps that are skipped: what the run is to go on from lies before them.
+                due = run.step % recipe.save_every == 0 and not run.skipped_in_row
+                if stopped or last or watch.is_best or due:
                     saved = _save(accelerator, folder, recipe, run, note, must=stopped and not last)
                     if watch.is_best and not saved:
                         run.best = best_before  # weights that no checkpoint holds cannot be exported
@@ -183,6 +199,10 @@ def train(
         for tracker in accelerator.trackers:
             tracker.finish()
 
+    if run.skipped == run.step:
+        raise UpcycleError(f"{out}: no step of {run.step} was finite, so nothing was learned; look for NaN in the data")
+    if run.skipped:
+        note(f"{run.skipped} of {run.step} steps were skipped, because they were not finite")
     if recipe.export == "best" and run.best:
         best = folder / f"step-{run.best['step']:07.0f}"
         if best.exists():
@@ -194,7 +214,7 @@ def train(
     result.load_state_dict(weights)
     result.guide = schedule.guide(recipe, recipe.steps, updater.start_guide)
     result.register_to_config(guide=result.guide)
-    return result.eval().requires_grad_(False)
+    return Trained(result.eval().requires_grad_(False), run.step, run.skipped, run.changes)
 
 
 def _timed(share: Iterator[Batch], device: torch.device, steps: int) -> Iterator[tuple[Batch, float]]:

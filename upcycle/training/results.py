@@ -11,18 +11,16 @@ from upcycle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Results:
-    """``steps`` done, ``step`` of the exported weights, what was measured (`upcycle.provenance`), pictures by name."""
+    """``step`` of the exported weights, what was measured (`upcycle.provenance`), pictures by name."""
 
-    steps: int
     step: int
     evidence: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, Path] = field(default_factory=dict)
 
 
-def read(out: Path, recipe: Recipe) -> Results:
-    """Results of the run in ``out``, which has ended."""
+def read(out: Path, recipe: Recipe, steps: int) -> Results:
+    """Results of the run in ``out``, which has ended after ``steps``."""
     rows = _rows(out / "validation.csv")
-    steps = int(_rows(out / "log.csv")[-1]["step"])
     best = recipe.export == "best" and rows
     row = min(rows, key=lambda row: float(row["student"])) if best else rows[-1] if rows else None
     step = int(row["step"]) if best and row else steps
@@ -32,7 +30,7 @@ def read(out: Path, recipe: Recipe) -> Results:
         if path.is_file():
             pictures[f"{name}.png"] = path
     if row is None or int(row["step"]) != step or recipe.validation is None:
-        return Results(steps, step, pictures=pictures)
+        return Results(step, pictures=pictures)
     found = {
         "metric": "ε-MSE on held-out data",
         "better": "lower",
@@ -47,7 +45,7 @@ def read(out: Path, recipe: Recipe) -> Results:
             "step": step,
         },
     }
-    return Results(steps, step, [found], pictures)
+    return Results(step, [found], pictures)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

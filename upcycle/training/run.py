@@ -1,10 +1,12 @@
 """A recipe from end to end: open the teacher, start the student, train, export."""
 
 import dataclasses
+import fcntl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -21,6 +23,7 @@ from upcycle.graft.export import export_student
 from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher
 from upcycle.latents.reader import LatentFolder
+from upcycle.latents.vae import describe, load_vae
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import check_output, disk_full, write_text
 from upcycle.recipe import Recipe
@@ -45,6 +48,8 @@ class Prepared:
     teacher: DiTTransformer2DModel
     data: TensorData | LatentFolder
     validation: TensorData | LatentFolder | None
+    lock: IO[str] | None = None
+    """Held until the run ends."""
 
 
 def ranks() -> PartialState:
@@ -112,6 +117,7 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     assert isinstance(c, DiTConfig)
     data = open_fitting_data(recipe.data, source)
     validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
+    lock = _lock(out) if ranks().is_main_process else None
     if recipe.student is None and not begun:
         if ranks().is_main_process:
             options = Options(**recipe.convert.model_dump(), seed=recipe.seed)
@@ -120,7 +126,26 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     student = _open_student(start, c)
     if student.config.scaffold == "paper" and any("head" in stage.freeze for stage in recipe.stages):
         raise UpcycleError("freeze: the paper scaffold's head is fresh and predicts 0; leave 'head' out")
-    return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation)
+    return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation, lock)
+
+
+def _lock(out: Path) -> IO[str] | None:
+    """Keep other processes from training in ``out`` as long as the file is open; None where files cannot be locked.
+
+    Raises:
+        UpcycleError: another process does.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UpcycleError(f"another process trains in {out}; wait for it, or choose another 'out'") from None
+    except OSError:  # some network file systems
+        file.close()
+        return None
+    return file
 
 
 def open_fitting_data(spec: str, source: Source) -> TensorData | LatentFolder:
@@ -128,7 +153,18 @@ def open_fitting_data(spec: str, source: Source) -> TensorData | LatentFolder:
     assert isinstance(source.config, DiTConfig)
     data, vae = open_data(spec), source.components.get("vae")
     data.check_fits(source.config, read_json(source.spec, vae / "config.json") if vae else None)
+    theirs = data.vae if isinstance(data, LatentFolder) else None
+    if vae and theirs and theirs.get("encoder_sha256") not in (None, _encoder_hash(vae)):
+        raise UpcycleError(
+            f"data {spec} was made with the VAE {theirs.get('id')}, whose encoder has other weights than the teacher's "
+            "VAE; make it again with the teacher's"
+        )
     return data
+
+
+@lru_cache(2)
+def _encoder_hash(vae: Path) -> str:
+    return describe(load_vae(str(vae)), str(vae))["encoder_sha256"]
 
 
 def _check_sigma(recipe: Recipe, teacher: DiTConfig) -> None:
@@ -207,6 +243,15 @@ def _open_student(start: Path, teacher: DiTConfig) -> ChunkedDiT:
     return student
 
 
+def _finished(recipe: Recipe, out: Path) -> bool:
+    """Whether the run in ``out`` has come to its last step, and what it exported is what this recipe asks for."""
+    kept = checkpoints(out / "checkpoints")
+    if not kept or kept[-1].name != f"step-{recipe.steps:07d}":
+        return False
+    told = provenance.read(out / "export")
+    return told is not None and told["history"][-1].get("recipe", {}).get("export") == recipe.export
+
+
 def finetune(
     prepared: Prepared,
     *,
@@ -216,12 +261,15 @@ def finetune(
 ) -> Path:
     """Train and export; returns the folder of the export, ``out/export``. Call on every rank; see `train`."""
     recipe, out = prepared.recipe, prepared.out
-    out.mkdir(parents=True, exist_ok=True)
+    export = out / "export"
+    if resume and _finished(recipe, out):
+        on_note(f"{out} has done its {recipe.steps} steps already; nothing is left to do")
+        return export
     if ranks().is_main_process:
         clean(out)
         write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     try:
-        student = train(
+        trained = train(
             recipe,
             prepared.student,
             prepared.teacher,
@@ -237,16 +285,21 @@ def finetune(
         if disk_full(error):
             raise UpcycleError(f"{out}: no space left; make room, then go on with --resume") from error
         raise
-    export = out / "export"
     if ranks().is_main_process:
-        result = results.read(out, recipe)
+        result = results.read(out, recipe, trained.steps)
         done = provenance.event(
             "finetune",
-            steps=result.steps,
+            steps=trained.steps,
+            skipped=trained.skipped,
             exported_step=result.step,
+            changes=trained.changes,
             data=_describe_data(recipe.data, prepared.data),
             recipe=recipe.model_dump(mode="json"),
         )
-        export_student(student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures)
+        export_student(
+            trained.student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures
+        )
     ranks().wait_for_everyone()
+    if prepared.lock:
+        prepared.lock.close()
     return export

@@ -28,6 +28,9 @@ RESUMABLE_CHANGES = {
     "trackers",
 }  # fmt: skip
 
+# So may these, the ways out of a full memory; results then differ by rounding.
+MEMORY_CHANGES = {"gradient_accumulation", "gradient_checkpointing", "compile"}
+
 # So may these: the way out of steps that are not finite. From there on it is another run.
 REMEDIES = re.compile(r"teacher_precision|stages\..+\.lr")
 
@@ -43,14 +46,17 @@ class RunState:
         skipped, skipped_in_row: steps whose loss or gradient was not finite.
         pending: rows of the log that wait for their average to be written.
         best: ``{"step", "loss"}`` of the best validation, and how many there were ``since`` then.
+        data: fingerprint of the data; changes: of the recipe, between a checkpoint and its continuation.
     """
 
-    def __init__(self, student: ChunkedDiT, decay: float):
+    def __init__(self, student: ChunkedDiT, decay: float, data: str = ""):
         self.step = 0
         self.skipped = self.skipped_in_row = 0
         self.pending: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
         self.since_best = 0
+        self.data = data
+        self.changes: list[dict[str, Any]] = []
         self.ema = EMAModel(student.parameters(), decay=decay, foreach=not is_sharded(student))
         bias = router_bias(student)
         self.ema_bias = None if bias is None else bias.detach().clone()
@@ -245,24 +251,43 @@ def newest(folder: Path, recipe: Recipe) -> Path | None:
     found = checkpoints(folder)
     if not found:
         return None
-    try:
-        theirs = _flat(json.loads((found[-1] / "recipe.json").read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(found[-1], error) from error
-    ours = _flat(json.loads(recipe.model_dump_json()))
-    keys = dict.fromkeys((*ours, *theirs))
-    if ours["stages"] != theirs.get("stages"):  # names enough
-        keys = dict.fromkeys(key for key in keys if not key.startswith("stages."))
     changed = [
-        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
-        for key in keys
-        if key.partition(".")[0] not in RESUMABLE_CHANGES
-        and not REMEDIES.fullmatch(key)
-        and theirs.get(key) != ours.get(key)
+        f"{key} was {was!r} and is {now!r}"
+        for key, was, now in _differences(found[-1], recipe)
+        if key not in MEMORY_CHANGES and not REMEDIES.fullmatch(key)
     ]
     if changed:
         raise UpcycleError(f"{found[-1]} belongs to another recipe: {'; '.join(changed)}")
     return found[-1]
+
+
+def changes(checkpoint: Path, recipe: Recipe, step: int) -> list[dict[str, Any]]:
+    """What the recipe changes from ``step`` on, for the record."""
+    return [{"step": step, "key": key, "was": was, "is": now} for key, was, now in _differences(checkpoint, recipe)]
+
+
+def _differences(checkpoint: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    """Key, value in the checkpoint's recipe and in ``recipe``, of those that matter for the weights."""
+    try:
+        theirs = _flat(json.loads((checkpoint / "recipe.json").read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(checkpoint, error) from error
+    ours = _flat(json.loads(recipe.model_dump_json()))
+    keys = dict.fromkeys((*ours, *theirs))
+    if ours["stages"] != theirs.get("stages"):  # names enough
+        keys = dict.fromkeys(key for key in keys if not key.startswith("stages."))
+    for key in keys:
+        if key.partition(".")[0] not in RESUMABLE_CHANGES and theirs.get(key) != ours.get(key):
+            yield key, theirs.get(key), ours.get(key)
+
+
+def check_data(checkpoint: Path, run: RunState, fingerprint: str) -> None:
+    """Raise `UpcycleError` unless the data is that of the checkpoint."""
+    if run.data != fingerprint:
+        raise UpcycleError(
+            f"{checkpoint} belongs to other data: it was {run.data} and is {fingerprint}; bring the old one back, or "
+            "start anew in another 'out'"
+        )
 
 
 def _damaged(path: Path, error: Exception) -> UpcycleError:
