@@ -306,7 +306,7 @@ def test_the_six_lines_of_a_pushed_card_run_as_they_stand(hub, worker, world, tm
     (budget,) = re.findall(r"```python\n(.*?)```", section(text, "budget"), re.DOTALL)
     fresh = subprocess.run(
         [sys.executable, "-I", "-c", use + budget + "images = pipe(class_labels=[1], num_inference_steps=2).images"],
-        env=hub.env(tmp_path / "home", HF_MODULES_CACHE=str(tmp_path / "modules")),
+        env=hub.env(tmp_path / "home", HF_MODULES_CACHE=str(tmp_path / "modules"), OMP_NUM_THREADS="1"),
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert fresh.returncode == 0, fresh.stderr[-3000:]

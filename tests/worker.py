@@ -50,7 +50,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=hub.env(home, PYTHONPATH=os.pathsep.join(sys.path), HF_MODULES_CACHE=str(home / "modules")),
+            env=hub.env(
+                home, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1", HF_MODULES_CACHE=str(home / "m")
+            ),
         )
 
     def run(self, *arguments: object, token: str | None = FakeHub.token, cwd: Path | None = None) -> Done:

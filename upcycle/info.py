@@ -11,9 +11,9 @@ from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_ta
 from upcycle.graft.plan import full_config
 from upcycle.sources import SHAPES, DCDiTConfig, DiTConfig, Source, StudentConfig, hub, open_source
 from upcycle.sources.diffusers_folder import licence_of
+from upcycle.sources.safetensors_file import DTYPE_NAMES
 
-_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
 
 def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
 
 def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
     return {
-        name: (tensor.shape, _DTYPES.get(str(tensor.dtype), str(tensor.dtype)))
+        name: (tensor.shape, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
         for name, tensor in source.tensors.items()
     }
 

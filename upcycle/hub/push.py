@@ -1,6 +1,5 @@
 """Send an export to the Hub as one commit."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -355,8 +354,6 @@ def _line(spec: str, error: Exception) -> str | None:
             if status in (409, 412):
                 return f"{spec}: somebody else changed it meanwhile ({status})"
             return f"{spec}: the Hub answers with an error ({status}); try again later"
-    if any(isinstance(cause, json.JSONDecodeError) for cause in causes(error)):
-        return f"{spec}: {constants.ENDPOINT} answers with something else than the Hub would; try again later"
     if _disconnected(error):
         return f"{spec}: the connection to {constants.ENDPOINT} failed"
     mended = explain(spec, None, error)

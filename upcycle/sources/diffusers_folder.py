@@ -19,7 +19,7 @@ from upcycle.sources.torch_file import read_torch_file
 from upcycle.sources.weight_files import choose_file, read_json, shards_of
 
 # Stock diffusers computes the position embedding; some old conversions stored it all the same.
-_IGNORED = {"pos_embed.pos_embed"}
+IGNORED = {"pos_embed.pos_embed"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def open_folder(
         for tensor in read_weights(transformer / shard).values():
             if tensor.name in tensors:
                 raise UpcycleError(f"{spec}: tensor {tensor.name} is in two shards; fetch the folder again")
-            if tensor.name not in _IGNORED:
+            if tensor.name not in IGNORED:
                 tensors[tensor.name] = tensor
     if isinstance(config, StudentConfig):
         shapes = shapes_of(blank_student(f"{spec}: its config", config.values))

@@ -5,12 +5,13 @@ are downloaded, and only one of several formats of the weights is fetched.
 """
 
 import errno
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     DisabledRepoError,
@@ -26,7 +27,8 @@ from huggingface_hub.errors import (
 )
 
 from upcycle.errors import UpcycleError
-from upcycle.sources.diffusers_folder import Layout, identify, inside, list_files
+from upcycle.sources.diffusers_folder import IGNORED, Layout, identify, inside, list_files
+from upcycle.sources.safetensors_file import DTYPE_NAMES, read_safetensors
 from upcycle.sources.weight_files import choose_file, pick_file, shards_of, variants
 
 _DESCRIPTIONS = [
@@ -99,6 +101,10 @@ def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glim
         return Glimpse(folder, commit, layout, None, files)
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in files:
+        if isinstance(cached := try_to_load_from_cache(spec, name, revision=commit), str):
+            there = read_safetensors(Path(cached)).values()
+            tensors |= {tensor.name: (tensor.shape, DTYPE_NAMES[tensor.dtype]) for tensor in there}
+            continue
         try:
             header = HfApi().parse_safetensors_file_metadata(spec, name, revision=commit)
         except Exception as error:
@@ -109,6 +115,7 @@ def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glim
                 raise
             raise mended from error
         tensors |= {tensor: (tuple(info.shape), info.dtype) for tensor, info in header.tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
     return Glimpse(folder, commit, layout, tensors, files)
 
 
@@ -170,6 +177,8 @@ def explain(spec: str, revision: str | None, error: Exception) -> UpcycleError |
             )
         if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno == errno.EROFS):
             return UpcycleError(f"{spec}: {constants.HF_HUB_CACHE} cannot be written; mend its rights, or set HF_HOME")
+    if any(isinstance(cause, json.JSONDecodeError) for cause in chain):
+        return UpcycleError(f"{spec}: {constants.ENDPOINT} does not answer as the Hub would; try again later")
     for cause in chain:
         line = _hub_line(spec, revision, cause)
         if line:

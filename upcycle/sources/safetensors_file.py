@@ -31,6 +31,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Names, shapes, dtypes and places of the tensors in `path`; reads the header only.
