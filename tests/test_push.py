@@ -579,15 +579,45 @@ def test_metadata_that_the_hub_refuses(hub, quick, exports, tmp_path):
     assert hub.lfs_received() == 0
 
 
+@pytest.mark.parametrize("path", ["/api/whoami", "/api/models/me/one", "/api/validate-yaml"])
+def test_a_proxy_that_answers_for_the_hub(hub, quick, exports, path):
+    """With a page of its own."""
+    for status, why in ((200, "does not answer as the Hub would"), (503, "")):
+        quick.do(
+            """
+import httpx2
+from huggingface_hub.utils import _http
+real = httpx2.HTTPTransport()
+def answer(request):
+    if PATH not in str(request.url):
+        return real.handle_request(request)
+    return httpx2.Response(STATUS, html="<p>Log in to the guest network", request=request)
+_http.set_client_factory(lambda: httpx2.Client(transport=httpx2.MockTransport(answer)))
+""",
+            PATH=path,
+            STATUS=status,
+        )
+        try:
+            done = quick.run("push-to-hub", exports["one"], *YES)
+        finally:
+            quick.do("_http.set_client_factory(_http.default_client_factory)")
+        assert why in done.error
+        assert "fault of upcycle" not in done.error
+        assert "me/one" not in hub.repos or list(hub.repos["me/one"].files()) == [".gitattributes"]
+
+
 def test_measure_puts_pictures_and_speed_into_the_card(hub, quick, exports, tmp_path):
     shutil.copytree(exports["digits"], tmp_path / "model")
-    done = quick.run("push-to-hub", tmp_path / "model", "--measure", "--device", "cpu", "--yes", "--json")
-    assert done.code == 0, done.err
+    for _ in range(2):
+        done = quick.run("push-to-hub", tmp_path / "model", "--measure", "--device", "cpu", "--yes", "--json")
+        assert done.code == 0, done.err
+        assert done.json["url"]
     there = hub.repos["me/model"].files()
     assert {name for name in there if name.startswith("images/")} == {
         f"images/{name}.png" for name in ("samples", "router", "compression")
     }
     card = there["README.md"].decode()
+    assert card.count("| seconds per image |") == 1
     for name in ("samples", "router", "compression"):
         assert f"](images/{name}.png)" in card
     assert "| seconds per image | lower is better |" in card

@@ -7,7 +7,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +131,16 @@ def parse(text: str) -> dict[str, Any]:
     return found
 
 
-def add_evidence(folder: Path, *found: dict[str, Any]) -> None:
+def add_evidence(folder: Path, *found: dict[str, Any], drawn: Collection[str] = ()) -> None:
     """Add measurements to the `upcycle.json` of an export (again: replace them), and its new files to the list.
 
     Each has ``metric``, ``student`` and ``teacher`` (None where not measured), ``better`` ("lower" or "higher") and
-    ``settings`` (a flat dict of how it was measured).
+    ``settings`` (a flat dict of how it was measured). ``drawn``: files that were replaced on purpose; whatever else
+    differs from its digest goes on to differ from it.
     """
     now = read(folder)
     assert now is not None, folder
-    known = {name: file["sha256"] for name, file in now["files"].items() if (folder / name).is_file()}
+    known = {name: file["sha256"] for name, file in now["files"].items() if name not in drawn}
     keys = [(new["metric"], new["settings"]) for new in found]
     older = [old for old in now["evidence"] if (old["metric"], old["settings"]) not in keys]
     write(folder, now["base"], now["history"], evidence=[*older, *found], sha256=known)

@@ -69,7 +69,8 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
             "machine": machine(pipe.device),
         },
     }
-    provenance.add_evidence(folder, found)
+    drawn = [f"{PICTURES}/{name}.png" for name in ("samples", "router", "compression")]
+    provenance.add_evidence(folder, found, drawn=drawn)
 
 
 def machine(device: torch.device) -> str:
