@@ -12,11 +12,10 @@ from typing import Protocol
 
 import torch
 
-from upcycle.sources.safetensors_file import DTYPES
+from upcycle.sources.safetensors_file import DTYPE_NAMES
 
 # Small enough to stay in a core's cache from the read over the check to the write.
 BUFFER_BYTES = 2**20
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Piece(Protocol):

@@ -31,7 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
