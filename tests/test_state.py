@@ -16,6 +16,7 @@ from conftest import run
 from runs import WEIGHTS, names_in, rows_of, run_here, same, small, start, steps_in, until, write_recipe
 from safetensors.torch import load_file
 
+from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.recipe import load_recipe
 from upcycle.training.run import finetune, prepare
@@ -146,7 +147,8 @@ def test_the_last_and_the_best_are_kept(world, tmp_path):
     """A learning rate that spoils the student makes the first validation the best; its checkpoint outlives the rest."""
     options = {"validation": {"data": str(world / "held-out"), "every": 2}, "save_every": 1, "ema": 0.0}
     run_here(small(world, tmp_path / "run", {"name": "good", "steps": 2}, {"steps": 6, "lr": 0.5}, **options))
-    assert names_in(tmp_path / "run/checkpoints") == [f"step-000000{step}" for step in (2, 7, 8)]
+    # From step 4 on nothing is finite, so that nothing is saved but the end.
+    assert names_in(tmp_path / "run/checkpoints") == [f"step-000000{step}" for step in (2, 3, 8)]
 
 
 def test_a_finished_run_goes_on_without_a_change(world, tmp_path):
@@ -203,6 +205,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(world, tmp_path):
 def test_damaged_checkpoints_are_named(world, tmp_path):
     recipe = small(world, tmp_path / "run", {"steps": 4})
     run_here(recipe)
+    shutil.rmtree(tmp_path / "run" / "export")  # or nothing would be left to do
     newest = tmp_path / "run" / "checkpoints" / "step-0000004"
     for name in ("recipe.json", "model.safetensors", "optimizer.bin", "run.pt"):
         whole = (newest / name).read_bytes()
@@ -303,3 +306,50 @@ def test_result_is_an_export_and_the_recipe_is_beside_it(world, tmp_path):
     written = yaml.safe_load((out / "recipe.yaml").read_text())
     assert (written["stages"][0]["steps"], written["seed"]) == (6, 0), "with the defaults"
     assert load_recipe(out / "recipe.yaml") == load_recipe(path, ["keep_checkpoints=1"])
+
+
+def told(out):
+    return provenance.read(out / "export")["history"][-1]
+
+
+def test_a_finished_run_is_left_alone(world, tmp_path):
+    """What would be changed from here on has had no effect on what is there, and is not said of it."""
+    out = tmp_path / "run"
+    run_here(small(world, out, {"steps": 4}))
+    before = (out / "export" / "upcycle.json").read_bytes()
+    notes = run_here(small(world, out, {"steps": 4, "lr": 0.5}), resume=True)
+    assert notes == [f"{out} has done its 4 steps already; nothing is left to do"]
+    assert (out / "export" / "upcycle.json").read_bytes() == before
+    assert told(out)["changes"] == []
+
+
+def test_changes_between_a_checkpoint_and_its_continuation_are_on_record(world, tmp_path):
+    out = tmp_path / "run"
+    run_here(small(world, out, {"steps": 4}))
+    shutil.rmtree(out / "checkpoints" / "step-0000004")
+    shutil.rmtree(out / "export")
+    changed = small(world, out, {"steps": 4, "lr": 1e-4}, gradient_checkpointing=True)
+    run_here(changed, resume=True)
+    assert told(out)["changes"] == [
+        {"step": 2, "key": "stages.post-train.lr", "was": 1e-3, "is": 1e-4},
+        {"step": 2, "key": "gradient_checkpointing", "was": False, "is": True},
+    ]
+
+
+def test_other_data_is_refused(world, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    recipe = small(world, tmp_path / "run", {"steps": 4}, data=str(tmp_path / "data"))
+    run_here(recipe)
+    shutil.rmtree(tmp_path / "run" / "export")
+    shutil.copy(tmp_path / "data" / "00000.safetensors", tmp_path / "data" / "00002.safetensors")
+    with pytest.raises(UpcycleError, match=r"step-0000004 belongs to other data: it was 37 samples .* is 57 samples"):
+        run_here(recipe, resume=True)
+
+
+def test_one_run_at_a_time_in_a_folder(world, tmp_path):
+    recipe = small(world, tmp_path / "run", {"steps": 2})
+    first = prepare(recipe)
+    with pytest.raises(UpcycleError, match=r"another process trains in .*/run; wait for it, or choose another 'out'"):
+        prepare(recipe)
+    finetune(first)
+    assert not list((tmp_path / "run").glob(".*"))

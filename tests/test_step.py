@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from runs import names_in, rows_of, run_here, same, small, write_recipe
 from safetensors.torch import load_file, save_file
 
+from upcycle.errors import UpcycleError
 from upcycle.training import schedule
 from upcycle.training.data import Batch, Draws, open_data
 from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
@@ -221,12 +222,17 @@ def spoilt(world, folder, recipe, steps):
 
 def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path):
     """It is skipped and counted; weights, averages, bias and the optimizer are as before, and the run goes on."""
-    recipe = small(world, tmp_path / "run", {"steps": 4}, save_every=1, keep_checkpoints=9)
-    data = spoilt(world, tmp_path / "data", recipe, [3])
+    recipe = small(world, tmp_path / "run", {"steps": 3}, save_every=1, keep_checkpoints=9)
+    longer = small(world, tmp_path / "longer", {"steps": 4}, save_every=1)
+    data = spoilt(world, tmp_path / "data", longer, [3])
     notes = run_here(recipe.model_copy(update={"data": data}))
-    assert [note.startswith("warning: step 3 is skipped: loss, ") for note in notes] == [True]
+    assert [note.startswith("warning: step 3 is skipped: loss, ") for note in notes] == [True, False]
+    assert notes[1] == "1 of 3 steps were skipped, because they were not finite"
+    run_here(longer.model_copy(update={"data": data}))
+    assert names_in(tmp_path / "longer/checkpoints") == ["step-0000002", "step-0000004"]
     assert "the data has NaN or infinite values in the samples at t=" in notes[0]
-    two, three, four = (checkpoint(tmp_path / "run", step) for step in (2, 3, 4))
+    two, three = (checkpoint(tmp_path / "run", step) for step in (2, 3))
+    four = checkpoint(tmp_path / "longer", 4)
     assert same(two, three)
     assert not same(three, four)
     assert "routing_module.bias" in two
@@ -237,7 +243,7 @@ def test_a_step_that_is_not_finite_changes_nothing(world, tmp_path):
     assert (before["skipped"], after["skipped"]) == (0, 1)
     optimizers = [checkpoint(tmp_path / "run", step, "optimizer.bin") for step in (2, 3)]
     assert same(optimizers[0]["state"], optimizers[1]["state"])
-    assert [row["skipped"] for row in rows_of(tmp_path / "run" / "log.csv")] == ["0", "0", "1", "1"]
+    assert [row["skipped"] for row in rows_of(tmp_path / "longer" / "log.csv")] == ["0", "0", "1", "1"]
 
 
 def test_too_many_such_steps_end_the_run(world, tmp_path, failing):
@@ -259,7 +265,17 @@ def test_weights_that_explode_name_the_layer(world, tmp_path, failing):
     assert "first in layer " in line
     assert ", at t=" in line
     assert "stopped at step 3" in line
-    assert "step-0000002 with --resume" in line
+    # Step 2, where a save is due, is skipped already: its weights are not what to go on from.
+    assert "start anew (nothing is saved yet)" in line
+    assert names_in(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_run_without_a_finite_step_is_no_result(world, tmp_path):
+    recipe = small(world, tmp_path / "run", {"steps": 3})
+    data = spoilt(world, tmp_path / "data", recipe, [1, 2, 3])
+    with pytest.raises(UpcycleError, match="no step of 3 was finite"):
+        run_here(recipe.model_copy(update={"data": data}))
+    assert not (tmp_path / "run" / "export").exists()
 
 
 @pytest.mark.parametrize(("bias", "what"), [(50.0, "nearly all positions"), (-50.0, "almost none of the positions")])

@@ -10,6 +10,9 @@ import psutil
 import pytest
 import tiny
 import torch
+from conftest import run
+from diffusers import AutoencoderKL
+from PIL import Image
 from runs import names_in, rows_of, run_here, small, start, steps_in, until, write_recipe
 from safetensors.torch import save_file
 
@@ -236,3 +239,23 @@ def test_a_bare_checkpoint_can_be_the_teacher(world, tmp_path, monkeypatch):
     start = prepare(small(world, tmp_path / "run", teacher="x.pt", vae=str(tmp_path / "vae"), **options)).start
     assert {key: seen[key] for key in options} == options
     assert (start / "model_index.json").is_file()
+
+
+def test_latents_of_another_encoder_are_refused(world, tmp_path):
+    """Its config is that of the teacher's VAE; its weights are not. A decoder of its own does no harm."""
+    generator = torch.Generator().manual_seed(0)
+    for label in range(4):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        pixels = torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / str(label) / "image.png")
+    own = AutoencoderKL.from_pretrained(world / "teacher" / "vae")
+    with torch.no_grad():
+        own.decoder.conv_out.bias.add_(1)
+    own.save_pretrained(tmp_path / "other-decoder")
+    tiny.make_vae(5).save_pretrained(tmp_path / "other-encoder")
+    for vae in ("other-decoder", "other-encoder"):
+        run("encode", tmp_path / "images", "-o", tmp_path / f"of-{vae}", "--vae", tmp_path / vae, "--size", "64")
+    prepare(small(world, tmp_path / "fits", data=str(tmp_path / "of-other-decoder")))
+    with pytest.raises(UpcycleError, match=r"other-encoder, whose encoder has other weights than the teacher's VAE"):
+        prepare(small(world, tmp_path / "refused", data=str(tmp_path / "of-other-encoder")))
+    assert not (tmp_path / "refused").exists()

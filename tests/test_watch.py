@@ -67,7 +67,8 @@ def spoiling(world, out, **changes):
 def test_patience_ends_the_run_and_the_best_is_exported(world, tmp_path):
     recipe = spoiling(world, tmp_path / "run", export="best")
     notes = run_here(recipe)
-    assert "stopped early at step 6: 2 validations without a better one" in notes[-1]
+    assert "stopped early at step 6: 2 validations without a better one" in notes[-2]
+    assert notes[-1] == "3 of 6 steps were skipped, because they were not finite"
     assert "step 2: validation loss" in notes[0]
     assert "the best so far" in notes[0]
     assert names_in(tmp_path / "run" / "checkpoints") == ["step-0000002", "step-0000006"]
@@ -75,7 +76,7 @@ def test_patience_ends_the_run_and_the_best_is_exported(world, tmp_path):
     export = load_file(tmp_path / "run" / WEIGHTS)
     assert all(torch.equal(export[name], best[name]) for name in export)
     log = (tmp_path / "run" / "log.csv").read_bytes()
-    assert run_here(recipe, resume=True) == [], "a continued run stays stopped"
+    assert run_here(recipe, resume=True) == notes[-1:], "a continued run stays stopped"
     assert (tmp_path / "run" / "log.csv").read_bytes() == log
     assert same(export, load_file(tmp_path / "run" / WEIGHTS))
     run_here(recipe.model_copy(update={"export": "last"}), resume=True)

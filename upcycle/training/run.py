@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -48,7 +48,7 @@ class Prepared:
     teacher: DiTTransformer2DModel
     data: TensorData | LatentFolder
     validation: TensorData | LatentFolder | None
-    lock: IO[str] | None = None
+    lock: "Lock | None" = None
     """Held until the run ends."""
 
 
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     assert isinstance(c, DiTConfig)
     data = open_fitting_data(recipe.data, source)
     validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
-    lock = _lock(out) if ranks().is_main_process else None
+    lock = Lock(out) if ranks().is_main_process else None
     if recipe.student is None and not begun:
         if ranks().is_main_process:
             options = Options(**recipe.convert.model_dump(), seed=recipe.seed)
@@ -129,23 +129,29 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation, lock)
 
 
-def _lock(out: Path) -> IO[str] | None:
-    """Keep other processes from training in ``out`` as long as the file is open; None where files cannot be locked.
+class Lock:
+    """Keeps other processes from training in ``out`` until `release`, or the end of this process.
 
     Raises:
         UpcycleError: another process does.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    file = (out / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UpcycleError(f"another process trains in {out}; wait for it, or choose another 'out'") from None
-    except OSError:  # some network file systems
-        file.close()
-        return None
-    return file
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self._path = out / ".lock"
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UpcycleError(f"another process trains in {out}; wait for it, or choose another 'out'") from None
+        except OSError:
+            pass  # some network file systems cannot
+
+    def release(self) -> None:
+        """Let others in."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def open_fitting_data(spec: str, source: Source) -> TensorData | LatentFolder:
@@ -260,6 +266,19 @@ def finetune(
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Path:
     """Train and export; returns the folder of the export, ``out/export``. Call on every rank; see `train`."""
+    try:
+        return _finetune(prepared, resume, on_step, on_note)
+    finally:
+        if prepared.lock:
+            prepared.lock.release()
+
+
+def _finetune(
+    prepared: Prepared,
+    resume: bool,
+    on_step: Callable[[dict[str, Any]], None],
+    on_note: Callable[[str], None],
+) -> Path:
     recipe, out = prepared.recipe, prepared.out
     export = out / "export"
     if resume and _finished(recipe, out):
@@ -300,6 +319,4 @@ def finetune(
             trained.student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures
         )
     ranks().wait_for_everyone()
-    if prepared.lock:
-        prepared.lock.close()
     return export
