@@ -1,7 +1,10 @@
 """Shared fixtures: tiny checkpoints made once, and the real command line in a subprocess."""
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +53,24 @@ def run(*arguments, env=None, cwd=None, check=True, timeout=300):
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def inside(*arguments, check=True):
+    """The same command line in this process, which saves the seconds that imports take."""
+    from upcycle.cli import main
+
+    out, err, argv, before = io.StringIO(), io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["upcycle", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, before)
+    assert not check or code == 0, err.getvalue()
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def test_tokens_and_flops_are_those_of_the_calls(report):
 def test_ratios_follow_from_the_figures(report):
     for name, row in report["variants"].items():
         base = report["variants"]["teacher, guided" if "guided" in name else "teacher"]
-        assert row["times_teacher"] == row["ms_per_forward"] / base["ms_per_forward"]
+        assert row["times_teacher"] == pytest.approx(row["ms_per_forward"] / base["ms_per_forward"])  # of one round
         assert row["realised_share"] == pytest.approx(row["flops_times_teacher"] / row["times_teacher"])
         assert row["peak_bytes"] > 4 * 2 * 8 * 8 * 8
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import tiny
 import torch
-from conftest import run
+from conftest import inside, run
 from fake_hub import FakeHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ def states(folder):
 def grid_dir(tmp_path_factory, pipeline_dir):
     """A student of the tiny pipeline that is its teacher: the grid is fixed and nothing was trained."""
     out = tmp_path_factory.mktemp("grid") / "tiny-grid"
-    run("convert", pipeline_dir, "--router", "grid", "-o", out, "--no-verify")
+    inside("convert", pipeline_dir, "--router", "grid", "-o", out, "--no-verify")
     return out
 
 
@@ -51,7 +51,7 @@ def authors_dir(tmp_path_factory):
     """The authors' golden model, converted; and the checkpoint that it is from."""
     folder = tmp_path_factory.mktemp("authors")
     tiny.save_dcdit_pt(folder / "0400000.pt", sigma=1.5)
-    run("convert", folder / "0400000.pt", "-o", folder / "out", "--no-verify")
+    inside("convert", folder / "0400000.pt", "-o", folder / "out", "--no-verify")
     return folder
 
 
@@ -81,10 +81,10 @@ def test_single_file_is_the_same_model(export_dir, tmp_path):
 
 
 def test_shards_become_a_single_file_and_that_a_folder_again(pipeline_dir, tmp_path, failing):
-    run("convert", pipeline_dir, "-o", tmp_path / "shards", "--max-shard-size", "100KB", "--no-verify")
+    inside("convert", pipeline_dir, "-o", tmp_path / "shards", "--max-shard-size", "100KB", "--no-verify")
     single, back = tmp_path / "one.safetensors", tmp_path / "back"
-    run("export", tmp_path / "shards", "--to", "single", "-o", single)
-    done = run("export", single, "--to", "diffusers", "-o", back)
+    inside("export", tmp_path / "shards", "--to", "single", "-o", single)
+    done = inside("export", single, "--to", "diffusers", "-o", back)
     assert "transformer alone" in done.stdout
     same(states(back), states(tmp_path / "shards"))
     assert {path.name for path in (back / "transformer").iterdir()} == {
@@ -113,8 +113,8 @@ def told_dir(export_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_folder_in_half_precision_loads_in_stock_diffusers(told_dir, tmp_path, dtype):
-    run("export", told_dir, "--to", "diffusers", "--dtype", dtype, "-o", tmp_path / "plain")
-    run("export", told_dir, "--to", "diffusers", "--dtype", dtype, "--variant", "-o", tmp_path / "variant")
+    inside("export", told_dir, "--to", "diffusers", "--dtype", dtype, "-o", tmp_path / "plain")
+    inside("export", told_dir, "--to", "diffusers", "--dtype", dtype, "--variant", "-o", tmp_path / "variant")
     source, plain, variant = states(told_dir), states(tmp_path / "plain"), states(tmp_path / "variant")
     router = {name for name in source if name.startswith("routing_module")}
     assert router
@@ -162,9 +162,11 @@ def test_folder_in_half_precision_loads_in_stock_diffusers(told_dir, tmp_path, d
 
 
 def test_back_to_fp32_and_replacing(told_dir, tmp_path):
-    run("export", told_dir, "--to", "diffusers", "--dtype", "bf16", "-o", tmp_path / "low")
+    inside("export", told_dir, "--to", "diffusers", "--dtype", "bf16", "-o", tmp_path / "low")
     for force in ([], ["--force"]):
-        done = run("export", tmp_path / "low", "--to", "diffusers", "--dtype", "fp32", "-o", tmp_path / "high", *force)
+        done = inside(
+            "export", tmp_path / "low", "--to", "diffusers", "--dtype", "fp32", "-o", tmp_path / "high", *force
+        )
         assert done.stdout.strip().endswith("high")
     same(states(tmp_path / "high"), {name: tensor.float() for name, tensor in states(tmp_path / "low").items()})
     assert {path.name for path in tmp_path.iterdir()} == {"low", "high"}
@@ -218,13 +220,13 @@ def test_a_student_of_a_meta_checkpoint_goes_back_bit_for_bit(dit, tmp_path, sou
     if source == "training":
         pt = tiny.save_meta_pt(tmp_path / "train.pt", dit, training=True)
     whole = torch.load(pt, weights_only=source == "golden")
-    run("convert", pt, "--heads", "2", "--router", "grid", "-o", tmp_path / "student", "--no-verify")
-    done = run("export", tmp_path / "student", "--to", "meta", "-o", tmp_path / "back.pt", "--json")
+    inside("convert", pt, "--heads", "2", "--router", "grid", "-o", tmp_path / "student", "--no-verify")
+    done = inside("export", tmp_path / "student", "--to", "meta", "-o", tmp_path / "back.pt", "--json")
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     same(back, whole.get("ema", whole))
     (note,) = json.loads(done.stdout)["notes"]
     assert "--heads 2" in note
-    run("convert", tmp_path / "back.pt", "--heads", "2", "--router", "grid", "-o", tmp_path / "again", "--no-verify")
+    inside("convert", tmp_path / "back.pt", "--heads", "2", "--router", "grid", "-o", tmp_path / "again", "--no-verify")
     assert states(tmp_path / "again").keys() == states(tmp_path / "student").keys()
     same(states(tmp_path / "again"), states(tmp_path / "student"))
 
@@ -232,11 +234,11 @@ def test_a_student_of_a_meta_checkpoint_goes_back_bit_for_bit(dit, tmp_path, sou
 def test_a_diffusers_folder_and_its_student_in_metas_layout(dit, pipeline_dir, grid_dir, tmp_path):
     """The same tensors from both; Meta's code would compute another function of them, which a note says."""
     for name, source in (("dit.pt", pipeline_dir), ("student.pt", grid_dir)):
-        done = run("export", source, "--to", "meta", "-o", tmp_path / name, "--json")
+        done = inside("export", source, "--to", "meta", "-o", tmp_path / name, "--json")
         assert any("near, not equal" in note for note in json.loads(done.stdout)["notes"])
         same(torch.load(tmp_path / name, weights_only=True), tiny.meta_state(dit))
     options = ["--heads", "2", "--time-embedding", "diffusers", "--router", "grid", "--no-verify"]
-    run("convert", tmp_path / "student.pt", *options, "-o", tmp_path / "again")
+    inside("convert", tmp_path / "student.pt", *options, "-o", tmp_path / "again")
     same(states(tmp_path / "again"), states(grid_dir))
     config = [json.loads((folder / "transformer/config.json").read_text()) for folder in (tmp_path / "again", grid_dir)]
     assert config[0]["norm_eps"] == config[1]["norm_eps"]
@@ -245,7 +247,7 @@ def test_a_diffusers_folder_and_its_student_in_metas_layout(dit, pipeline_dir, g
 
 def test_metas_layout_in_half_precision_and_from_a_checkpoint(dit, tmp_path):
     pt = tiny.save_meta_pt(tmp_path / "dit.pt", dit)
-    run("export", pt, "--to", "meta", "--dtype", "bf16", "--heads", "2", "-o", tmp_path / "low.pt")
+    inside("export", pt, "--to", "meta", "--dtype", "bf16", "--heads", "2", "-o", tmp_path / "low.pt")
     same(
         torch.load(tmp_path / "low.pt", weights_only=True),
         {name: tensor.bfloat16() for name, tensor in tiny.meta_state(dit).items()},
@@ -294,7 +296,7 @@ def test_split_embedders_have_no_place_in_metas_layout(tmp_path, failing):
     with torch.no_grad():
         split.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias += 1
     tiny.save_transformer(tmp_path / "split", split)
-    run("convert", tmp_path / "split", "--router", "grid", "-o", tmp_path / "student", "--no-verify")
+    inside("convert", tmp_path / "split", "--router", "grid", "-o", tmp_path / "student", "--no-verify")
     for model in ("split", "student"):
         assert "embedders of their own" in failing("export", tmp_path / model, "--to", "meta", "-o", tmp_path / "o.pt")
 
@@ -305,7 +307,7 @@ def test_split_embedders_have_no_place_in_metas_layout(tmp_path, failing):
 def test_the_authors_checkpoint_goes_back_bit_for_bit(authors_dir, tmp_path):
     """All their tensors, the position table that we never stored, and what only their config tells."""
     out = tmp_path / "0400001.pt"
-    report = json.loads(run("export", authors_dir / "out", "--to", "authors", "-o", out, "--json").stdout)
+    report = json.loads(inside("export", authors_dir / "out", "--to", "authors", "-o", out, "--json").stdout)
     assert report["notes"] == []
     content = torch.load(out, weights_only=True)
     assert content.keys() == {"model", "ema", "config"}
@@ -316,7 +318,7 @@ def test_the_authors_checkpoint_goes_back_bit_for_bit(authors_dir, tmp_path):
     size = tiny.dcdit_description()
     assert content["config"]["model"]["hnet"]["d_model"] == [size["d_model"]] * 2
     assert content["config"]["model"]["hnet"]["enc_dec_dim_factor"] == [size["d_model"] // size["enc_dec_dim"], None]
-    run("convert", out, "-o", tmp_path / "again", "--no-verify")
+    inside("convert", out, "-o", tmp_path / "again", "--no-verify")
     same(states(tmp_path / "again"), states(authors_dir / "out"))
     first, second = (
         json.loads((f / "transformer/config.json").read_text()) for f in (tmp_path / "again", authors_dir / "out")
@@ -345,8 +347,8 @@ class FakeLazy:
 
 
 def test_what_has_no_place_in_the_authors_layout(export_dir, grid_dir, pipeline_dir, tmp_path, failing):
-    run("convert", pipeline_dir, "--init", "paper", "-o", tmp_path / "paper", "--no-verify")
-    run("convert", pipeline_dir, "--init", "paper", "--router", "cosine", "-o", tmp_path / "v1", "--no-verify")
+    inside("convert", pipeline_dir, "--init", "paper", "-o", tmp_path / "paper", "--no-verify")
+    inside("convert", pipeline_dir, "--init", "paper", "--router", "cosine", "-o", tmp_path / "v1", "--no-verify")
     before = sorted(tmp_path.rglob("*"))
     for model, says in (
         (export_dir, "scaffold is lean"), (tmp_path / "paper", "adaptor"), (tmp_path / "v1", "router is cosine"),

@@ -192,18 +192,17 @@ def test_results_are_of_the_exported_step(trained, tmp_path):
     first = dict(zip(columns, lines[1].split(","), strict=True))
     first["student"] = "0.001"
     (out / "validation.csv").write_text("\n".join([lines[0], ",".join(first[c] for c in columns), lines[2]]) + "\n")
-    best = results.read(out, trained.model_copy(update={"export": "best"}))
-    assert (best.steps, best.step) == (6, 4)
+    best = results.read(out, trained, 4)
     assert best.evidence[0]["student"] == 0.001
     assert best.evidence[0]["settings"]["step"] == 4
     assert best.pictures["samples.png"].name == "samples-0000004.png"
-    last = results.read(out, trained)
+    last = results.read(out, trained, 6)
     assert last.evidence[0]["settings"]["step"] == 6
     (out / "validation.csv").write_text("\n".join(lines[:2]) + "\n")
-    assert results.read(out, trained).evidence == []
+    assert results.read(out, trained, 6).evidence == []
     (out / "validation.csv").unlink()
     shutil.rmtree(out / "previews")
-    assert results.read(out, trained) == results.Results(6, 6)
+    assert results.read(out, trained, 6) == results.Results()
 
 
 def test_a_resumed_run_has_the_same_export(world, monkeypatch, tmp_path):
@@ -216,6 +215,7 @@ def test_a_resumed_run_has_the_same_export(world, monkeypatch, tmp_path):
         assert not exit_info.value.code
         if not more:
             before = {file.relative_to(export): file.read_bytes() for file in export.rglob("*") if file.is_file()}
+            shutil.rmtree(export)
     assert {file.relative_to(export): file.read_bytes() for file in export.rglob("*") if file.is_file()} == before
     event = provenance.read(export)["history"][-1]
     assert event["command"] == f"upcycle finetune {path}"
@@ -237,7 +237,8 @@ def test_evidence_is_replaced_and_files_join_the_list(export_dir, tmp_path):
     (folder / ".cache").mkdir()
     (folder / ".cache/x").write_text("")
     other = {**found, "settings": {"samples": 20}}
-    provenance.add_evidence(folder, {**found, "student": 2.0}, other)
+    (folder / "diary.txt").write_text("not a part of it")
+    provenance.add_evidence(folder, {**found, "student": 2.0}, other, drawn=["images/samples.png"])
     now = provenance.read(folder)
     assert now["evidence"] == [{**found, "student": 2.0}, other]
     assert now["files"]["images/samples.png"]["sha256"] == hashlib.sha256(b"picture").hexdigest()

@@ -427,8 +427,8 @@ def break_export(folder: Path, how: str) -> None:
 BROKEN = {
     "changed": "is not what was exported",
     "missing": "vae/config.json, which upcycle.json lists, is not there",
-    "outside": "is outside of the folder",
-    "link outside": "is outside of the folder",
+    "outside": "lies outside of the folder",
+    "link outside": "lies outside of the folder",
     "damaged": "upcycle.json is damaged",
     "odd": "upcycle.json is damaged",
     "code": "vae/extra.py is not the code of this version",

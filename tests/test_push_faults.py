@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from fake_hub import FakeHub
@@ -73,6 +73,8 @@ FAULTS = {
     "lost once": {"lose": True},
     "lost": {"lose": True, "times": EVER},
 }
+# Tried in every run of the suite; the others are for `-m slow`.
+QUICK = {"503", "cut"}
 # What a push does without: it looks whether the commit was made.
 WELL_ANYWAY = {(kind, "lost") for kind in ("commit", "commit, new", "commit to branch")}
 PUSHES = [
@@ -98,6 +100,11 @@ DOWNLOADS = [
     for fault in FAULTS
     if not (kind.startswith("HEAD") and ("cut" in fault or "reset" in fault))
 ]
+
+
+def cases(pairs: list[tuple[str, str]]) -> list[Any]:
+    slow = pytest.mark.slow
+    return [pytest.param(*pair, id="-".join(pair), marks=[] if pair[1] in QUICK else slow) for pair in pairs]
 
 
 def test_the_number_of_faults_that_the_docs_state():
@@ -173,7 +180,7 @@ def check_failure(done: Done, named: str) -> None:
     assert "fault of upcycle" not in done.err
 
 
-@pytest.mark.parametrize(("name", "fault"), PUSHES, ids=[f"{kind}-{fault}" for kind, fault in PUSHES])
+@pytest.mark.parametrize(("name", "fault"), cases(PUSHES))
 def test_push(hub: FakeHub, worker: Worker, states: States, name: str, fault: str) -> None:
     kind = PUSH[name]
     repo_id = f"me/{len(hub.repos)}"
@@ -239,7 +246,7 @@ def test_push(hub: FakeHub, worker: Worker, states: States, name: str, fault: st
         assert len(repo.history) == first + 1, "one commit, whatever happened"
 
 
-@pytest.mark.parametrize(("name", "fault"), DOWNLOADS, ids=[f"{kind}-{fault}" for kind, fault in DOWNLOADS])
+@pytest.mark.parametrize(("name", "fault"), cases(DOWNLOADS))
 def test_download(hub: FakeHub, worker: Worker, states: States, name: str, fault: str, tmp_path: Path) -> None:
     repo_id = f"lab/{len(hub.repos)}"
     hub.faults.all.clear()

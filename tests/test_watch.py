@@ -76,6 +76,8 @@ def test_patience_ends_the_run_and_the_best_is_exported(world, tmp_path):
     export = load_file(tmp_path / "run" / WEIGHTS)
     assert all(torch.equal(export[name], best[name]) for name in export)
     log = (tmp_path / "run" / "log.csv").read_bytes()
+    assert run_here(recipe, resume=True) == [f"{tmp_path / 'run'} has done its 6 steps already; nothing is left to do"]
+    shutil.rmtree(tmp_path / "run" / "export")
     assert run_here(recipe, resume=True) == notes[-1:], "a continued run stays stopped"
     assert (tmp_path / "run" / "log.csv").read_bytes() == log
     assert same(export, load_file(tmp_path / "run" / WEIGHTS))

@@ -151,6 +151,7 @@ def _keep_evidence(folder: Path, report: dict[str, Any]) -> None:
             "teacher": teacher["seconds_per_image"],
             "settings": {**sampling, "machine": report["machine"]},
         },
+        drawn=[f"{PICTURES}/{name}" for name in ("samples.png", "router.png", "compression.png")],
     )
 
 

@@ -82,6 +82,7 @@ def write(
     *,
     evidence: list[dict[str, Any]] | None = None,
     sha256: Mapping[str, str] | None = None,
+    names: Collection[str] | None = None,
 ) -> None:
     """Write ``folder/upcycle.json``.
 
@@ -90,11 +91,12 @@ def write(
         history: `event` by `event`, oldest first.
         evidence: what was measured, see `add_evidence`.
         sha256: digests that are known already, by file name relative to the folder; the others are computed.
+        names: the files that belong to the export; all that are there by default.
     """
     known = sha256 or {}
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": known.get(name) or digest(folder / name)}
-        for name in content(folder)
+        for name in (content(folder) if names is None else sorted(names))
     }
     write_text(folder / FILE, to_json({"base": base, "history": history, "evidence": evidence or [], "files": files}))
 
@@ -135,15 +137,21 @@ def add_evidence(folder: Path, *found: dict[str, Any], drawn: Collection[str] = 
     """Add measurements to the `upcycle.json` of an export (again: replace them), and its new files to the list.
 
     Each has ``metric``, ``student`` and ``teacher`` (None where not measured), ``better`` ("lower" or "higher") and
-    ``settings`` (a flat dict of how it was measured). ``drawn``: files that were replaced on purpose; whatever else
-    differs from its digest goes on to differ from it.
+    ``settings`` (a flat dict of how it was measured). ``drawn``: files that were made or replaced on purpose; whatever
+    else differs from its digest goes on to differ from it, and what else lies there does not become a part of it.
+
+    Raises:
+        UpcycleError: a file that belongs to the export is not there.
     """
     now = read(folder)
     assert now is not None, folder
     known = {name: file["sha256"] for name, file in now["files"].items() if name not in drawn}
     keys = [(new["metric"], new["settings"]) for new in found]
     older = [old for old in now["evidence"] if (old["metric"], old["settings"]) not in keys]
-    write(folder, now["base"], now["history"], evidence=[*older, *found], sha256=known)
+    names = now["files"].keys() | set(drawn)
+    if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
+        raise UpcycleError(f"{folder}: {missing[0]}, which {FILE} lists, is not there; export the model again")
+    write(folder, now["base"], now["history"], evidence=[*older, *found], sha256=known, names=names)
 
 
 def content(folder: Path) -> list[str]:

@@ -59,7 +59,7 @@ def push_to_hub(
         from huggingface_hub.utils import disable_progress_bars
 
         from upcycle.hub import licence, push
-        from upcycle.hub.check import check_export
+        from upcycle.hub.check import check_export, open_export
 
     chosen = folder or push.find_export(Path.cwd())
     user, unknown = None, None
@@ -72,12 +72,14 @@ def push_to_hub(
             unknown = f"your rights were not checked ({error})"
     repo_id = repo or f"{user['name'] if user else 'you'}/{push.default_name(chosen)}"
     stderr.print(f"{chosen} -> {repo_id}" + (f", branch {branch}" if branch else ""))
+    push.check_name(repo_id)
+    source = open_export(chosen)
+    if not dry_run:
+        licence.check_licence(source.licence, accepted=accept_license)
     if measure:
         _measure(chosen, device)
     with working(f"checking {chosen}: hashes, shapes, a forward pass in stock diffusers"):
         export = check_export(chosen, trust_remote_code=trust_remote_code)
-    if not dry_run:
-        licence.check_licence(export.source.licence, accepted=accept_license)
     with working(f"looking at {repo_id}"):
         asked: dict[str, Any] = {"branch": branch, "create_pr": create_pr, "private": private}
         try:
@@ -99,7 +101,8 @@ def push_to_hub(
     if planned.kept:
         stderr.print(f"note: edited on the Hub and kept: {', '.join(planned.kept)}")
     _confirm(planned, yes)
-    disable_progress_bars() if as_json else None
+    if as_json:
+        disable_progress_bars()
     try:
         url = push.push(planned, on_step=stderr.print)
     finally:

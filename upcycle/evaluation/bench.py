@@ -44,7 +44,7 @@ class Variant:
     tail_drop: float = 0.0
     uncond_tail_drop: float | None = None
     seconds: list[float] = field(default_factory=list)
-    kept: list[list[int]] = field(default_factory=list)
+    kept: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def student(self) -> bool:
@@ -129,7 +129,9 @@ def bench(
     results = {variant.name: _result(variant, settings, device, dtype) for variant in variants}
     for variant in variants:
         own, base = results[variant.name], results["teacher, guided" if variant.guided else "teacher"]
-        own["times_teacher"] = own["ms_per_forward"] / base["ms_per_forward"]
+        beside = next(v for v in variants if v.guided == variant.guided and not v.student)
+        # By rounds, because a machine's speed changes from one to the next.
+        own["times_teacher"] = statistics.median(a / b for a, b in zip(variant.seconds, beside.seconds, strict=True))
         own["flops_times_teacher"] = own["flops_per_image"] / base["flops_per_image"]
         own["realised_share"] = own["flops_times_teacher"] / own["times_teacher"]
     parts = {}
@@ -181,7 +183,7 @@ def _result(variant: Variant, settings: Settings, device: torch.device, dtype: t
     copies = 2 if variant.guided else 1
     c = variant.model.config
     if variant.student:
-        kept = torch.stack([torch.as_tensor(n) for n in variant.kept]).flatten().tolist()
+        kept = torch.stack(variant.kept).flatten().tolist()
         forward = statistics.mean(sum(chunked_dit_flops(c, n).values()) for n in kept)
         tokens = statistics.mean(kept)
     else:

@@ -54,7 +54,7 @@ def make_card(export: Export, repo_id: str) -> Card:
         "pictures": _pictures(export),
         "quality": _quality(origin["evidence"]),
         "cost": _cost(config, export, origin["evidence"]),
-        "budget": _budget(origin),
+        "budget": _budget(config, origin),
         "made": _made(config, origin),
         "limits": _limits(config, origin),
         "licence": _licence(origin["base"].get("licence"), origin["base"]),
@@ -106,8 +106,7 @@ def _summary(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any])
         name = "a DiT that its files do not name"
     grid = config["sample_size"]
     kept = f"about {grid**2 / config['ratio']:.0f} of {grid}×{grid} positions (ratio {config['ratio']:g})"
-    trained = any(event["what"] in ("finetune", "demo") for event in origin["history"])
-    state = "post-trained" if trained else "not trained since its conversion"
+    state = "post-trained" if _post_trained(origin) else "not trained since its conversion"
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"A class-conditional Diffusion Transformer with dynamic chunking, made from {name} with "
@@ -192,13 +191,17 @@ def _cost(config: Mapping[str, Any], export: Export, evidence: list[dict[str, An
     return "\n".join(lines)
 
 
-def _budget(origin: Mapping[str, Any]) -> str:
+def _post_trained(origin: Mapping[str, Any]) -> bool:
+    return any(event["what"] in ("finetune", "demo") for event in origin["history"])
+
+
+def _budget(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     trained = trained_tail_drops(origin)
-    said = (
-        f"It was trained with ρ in {{{', '.join(f'{rho:g}' for rho in trained)}}}."
-        if trained
-        else "It was not trained for it: expect worse images as ρ grows."
-    )
+    said = "Whether it was trained for that is not known."
+    if trained:
+        said = f"It was trained with ρ in {{{', '.join(f'{rho:g}' for rho in trained)}}}."
+    elif origin["base"].get("kind") in ("diffusers", "meta"):
+        said = "It was not trained for it: expect worse images as ρ grows."
     return (
         "## Tail drop and Lite-CFG\n\nOf the tokens that the router keeps, the least certain ones can be dropped:\n\n"
         "```python\n"
@@ -237,7 +240,6 @@ def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
 
 
 def _limits(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
-    trained = any(event["what"] in ("finetune", "demo") for event in origin["history"])
     lines = [
         "## Limits",
         "",
@@ -246,10 +248,11 @@ def _limits(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
         "those of its base.",
         "- Figures above hold for the settings beside them. Held-out ε-MSE is no measure of samples.",
     ]
-    if not trained:
-        lines += [
-            "- It has not been post-trained: its router still follows the teacher's grid, and drops tokens untaught."
-        ]
+    if not _post_trained(origin) and origin["base"].get("kind") in ("diffusers", "meta"):
+        exact = config["scaffold"] == "lean"
+        lines += ["- It has not been post-trained: " + (
+            "its router follows the teacher's grid." if exact else "its scaffold is fresh, and it makes no images yet."
+        )]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -275,8 +278,7 @@ def render(card: Card, existing: str | None = None) -> str:
         ours_before = record["metadata"].get(key)
         removed = key not in front and ours_before is not None
         edited = key in front and _digest(front[key]) != ours_before
-        relicensed = key in ("license", "license_name") and card.metadata.get("license_name") != "unknown"
-        if relicensed or (not removed and not edited):
+        if _relicensed(card, key) or (not removed and not edited):
             metadata[key] = value
     for key in record["metadata"]:
         if key not in card.metadata and _digest(front.get(key)) == record["metadata"][key]:
@@ -298,6 +300,8 @@ def render(card: Card, existing: str | None = None) -> str:
         "sections": {name: _digest(text) for name, text in card.sections.items()},
     }
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(head) != metadata:  # some characters, such as U+0085, only live through an escape
+        head = yaml.safe_dump(metadata, sort_keys=False)
     return f"---\n{head}---\n\n{body}\n\n<!-- upcycle card {json.dumps(now)} -->\n"
 
 
@@ -309,7 +313,13 @@ def edited_parts(card: Card, existing: str) -> list[str]:
         return []
     there = {match[1]: match[2] for match in _SECTION.finditer(body)}
     sections = [name for name, was in record["sections"].items() if _digest(there.get(name)) != was]
-    return sections + [key for key, was in record["metadata"].items() if _digest(front.get(key)) != was]
+    changed = [key for key, was in record["metadata"].items() if _digest(front.get(key)) != was]
+    return sections + [key for key in changed if not _relicensed(card, key)]
+
+
+def _relicensed(card: Card, key: str) -> bool:
+    """Whether the card's word counts whatever somebody has made of it: nobody but the base's owner can relicense."""
+    return key in ("license", "license_name") and card.metadata.get("license_name") != "unknown"
 
 
 def _record(body: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ class Export:
         return self.source.origin
 
 
+def open_export(folder: Path) -> Source:
+    """The export in ``folder``, of which headers are read; raises `UpcycleError` where it is none, or damaged."""
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UpcycleError(
+            f"{folder} is no export: it lacks transformer/config.json; give what convert or finetune made"
+        )
+    source = open_source(str(folder))
+    if not isinstance(source.config, StudentConfig):
+        raise UpcycleError(f"{folder} is a fixed-patch DiT and no converted model; convert it first")
+    return source
+
+
 def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
     """Check shapes, hashes and that stock diffusers loads it in a fresh process, where one forward pass is finite.
 
@@ -43,17 +56,13 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
     Raises:
         UpcycleError: no export, or one that is damaged, changed or does not load.
     """
-    if not (folder / "transformer" / "config.json").is_file():
-        raise UpcycleError(
-            f"{folder} is no export: it lacks transformer/config.json; give what convert or finetune made"
-        )
-    source = open_source(str(folder))
-    if not isinstance(source.config, StudentConfig):
-        raise UpcycleError(f"{folder} is a fixed-patch DiT and no converted model; convert it first")
+    source = open_export(folder)
+    assert isinstance(source.config, StudentConfig)
     notes = []
     present = provenance.content(folder)
     if source.origin is None:
         files = present
+        _check_inside(folder, files)
         notes.append(
             f"{provenance.FILE} is missing, so hashes were not checked and the card cannot say how it was made"
         )
@@ -68,11 +77,16 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
     return Export(folder, source, {name: (folder / name).stat().st_size for name in sorted(files)}, notes)
 
 
+def _check_inside(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise UpcycleError(f"{folder}: {name} lies outside of the folder; export the model again")
+
+
 def _check_hashes(folder: Path, files: dict[str, Any]) -> list[str]:
+    _check_inside(folder, files)
     for name, stated in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise UpcycleError(f"{folder}/{provenance.FILE} names {name}, which is outside of the folder; export again")
         if not path.is_file():
             raise UpcycleError(f"{folder}: {name}, which {provenance.FILE} lists, is not there; export the model again")
         if path.stat().st_size != stated["bytes"] or provenance.digest(path) != stated["sha256"]:

@@ -47,7 +47,7 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
         seconds = (time.perf_counter() - start) / len(images)
     counter.remove()
     hook.remove()
-    pictures = folder / PICTURES
+    pictures = folder / f".{PICTURES}.partial"
     pictures.mkdir(exist_ok=True)
     save_grid(images, pictures / "samples.png", columns=4)
     x_t, probability, mask = (torch.stack(tensors, 1) for tensors in (seen.x_t, seen.probability, seen.mask))
@@ -69,8 +69,13 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
             "machine": machine(pipe.device),
         },
     }
-    drawn = [f"{PICTURES}/{name}.png" for name in ("samples", "router", "compression")]
-    provenance.add_evidence(folder, found, drawn=drawn)
+    # At the end and at once: a picture that differs from its digest would make the export look damaged.
+    (folder / PICTURES).mkdir(exist_ok=True)
+    names = [path.name for path in pictures.iterdir()]
+    for name in names:
+        (pictures / name).replace(folder / PICTURES / name)
+    pictures.rmdir()
+    provenance.add_evidence(folder, found, drawn=[f"{PICTURES}/{name}" for name in names])
 
 
 def machine(device: torch.device) -> str:

@@ -127,7 +127,7 @@ def plan_push(
         UpcycleError: a name that cannot be, no right to write, a repository that is public where ``private`` is
             asked for, a pull request or branch of a repository that does not exist.
     """
-    _check_name(repo_id)
+    check_name(repo_id)
     there = _look(repo_id)
     if there is None:
         if create_pr:
@@ -157,11 +157,12 @@ def plan_push(
 
 def plan_unseen(export: Export, repo_id: str, *, branch: str | None, create_pr: bool, private: bool) -> Push:
     """As `plan_push`, without asking the Hub: as if there were nothing yet."""
-    _check_name(repo_id)
+    check_name(repo_id)
     return _planned(export, repo_id, branch, create_pr, private)
 
 
-def _check_name(repo_id: str) -> None:
+def check_name(repo_id: str) -> None:
+    """Raise `UpcycleError` for what cannot be the name of a repository."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:

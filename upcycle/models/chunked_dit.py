@@ -115,20 +115,16 @@ class Layout:
 
     Even batches are [B, M, D]. Ragged ones are packed end to end, [T, D], so that no layer works on padding: ``place``
     [T] says where a token goes in the padded B * M, which attention on a GPU needs. ``lengths`` are the tokens of each
-    sample, their sum is T and their maximum M. ``key_bias`` is added to attention logits, [B, 1, 1, M] or None.
+    sample, their sum is T; compiled graphs know ``batch`` B and ``longest`` M only. ``key_bias`` is added to attention
+    logits, [B, 1, 1, M] or None.
     """
 
     lengths: list[int]
     key_bias: torch.Tensor | None = None
     place: torch.Tensor | None = None
 
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    def __post_init__(self):
+        self.batch, self.longest = len(self.lengths), max(self.lengths)
 
     def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
         """[B, M, D] -> [T, D], or unchanged where the batch is even."""

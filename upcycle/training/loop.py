@@ -46,10 +46,12 @@ FROM_TEACHER = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to: the student with its averaged weights (on the CPU, fp32, with the guide of the end), steps
-    done and skipped, and what was changed in the recipe between a checkpoint and its continuation."""
+    """What a run came to: the student with its averaged weights (on the CPU, fp32, with the guide of the end), the step
+    that these are of, steps done and skipped, and what was changed in the recipe between a checkpoint and its
+    continuation."""
 
     student: ChunkedDiT
+    step: int
     steps: int
     skipped: int
     changes: list[dict[str, Any]]
@@ -203,6 +205,7 @@ def train(
         raise UpcycleError(f"{out}: no step of {run.step} was finite, so nothing was learned; look for NaN in the data")
     if run.skipped:
         note(f"{run.skipped} of {run.step} steps were skipped, because they were not finite")
+    steps, skipped, changes = run.step, run.skipped, run.changes
     if recipe.export == "best" and run.best:
         best = folder / f"step-{run.best['step']:07.0f}"
         if best.exists():
@@ -214,7 +217,7 @@ def train(
     result.load_state_dict(weights)
     result.guide = schedule.guide(recipe, recipe.steps, updater.start_guide)
     result.register_to_config(guide=result.guide)
-    return Trained(result.eval().requires_grad_(False), run.step, run.skipped, run.changes)
+    return Trained(result.eval().requires_grad_(False), run.step, steps, skipped, changes)
 
 
 def _timed(share: Iterator[Batch], device: torch.device, steps: int) -> Iterator[tuple[Batch, float]]:

@@ -11,26 +11,22 @@ from upcycle.recipe import Recipe
 
 @dataclass(frozen=True)
 class Results:
-    """``step`` of the exported weights, what was measured (`upcycle.provenance`), pictures by name."""
+    """What was measured of the exported weights (`upcycle.provenance`), and pictures of them by name."""
 
-    step: int
     evidence: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, Path] = field(default_factory=dict)
 
 
-def read(out: Path, recipe: Recipe, steps: int) -> Results:
-    """Results of the run in ``out``, which has ended after ``steps``."""
-    rows = _rows(out / "validation.csv")
-    best = recipe.export == "best" and rows
-    row = min(rows, key=lambda row: float(row["student"])) if best else rows[-1] if rows else None
-    step = int(row["step"]) if best and row else steps
+def read(out: Path, recipe: Recipe, step: int) -> Results:
+    """Results of the run in ``out``, which exports the weights of ``step``; none that are of another step."""
+    row = next((row for row in _rows(out / "validation.csv") if int(row["step"]) == step), None)
     pictures = {}
     for name in ("samples", "router"):
         path = out / "previews" / f"{name}-{step:07d}.png"
         if path.is_file():
             pictures[f"{name}.png"] = path
-    if row is None or int(row["step"]) != step or recipe.validation is None:
-        return Results(step, pictures=pictures)
+    if row is None or recipe.validation is None:
+        return Results(pictures=pictures)
     found = {
         "metric": "ε-MSE on held-out data",
         "better": "lower",
@@ -45,7 +41,7 @@ def read(out: Path, recipe: Recipe, steps: int) -> Results:
             "step": step,
         },
     }
-    return Results(step, [found], pictures)
+    return Results([found], pictures)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,15 +119,27 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     data = open_fitting_data(recipe.data, source)
     validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
     lock = Lock(out) if ranks().is_main_process else None
-    if recipe.student is None and not begun:
+    try:
+        student = _start_student(recipe, source, start, convert_first=recipe.student is None and not begun)
+        teacher = load_teacher(source)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+    return Prepared(recipe, out, start, source, student, teacher, data, validation, lock)
+
+
+def _start_student(recipe: Recipe, source: Source, start: Path, *, convert_first: bool) -> ChunkedDiT:
+    assert isinstance(source.config, DiTConfig)
+    if convert_first:
         if ranks().is_main_process:
             options = Options(**recipe.convert.model_dump(), seed=recipe.seed)
             convert(make_plan(source, options), start, force=True)
         ranks().wait_for_everyone()
-    student = _open_student(start, c)
+    student = _open_student(start, source.config)
     if student.config.scaffold == "paper" and any("head" in stage.freeze for stage in recipe.stages):
         raise UpcycleError("freeze: the paper scaffold's head is fresh and predicts 0; leave 'head' out")
-    return Prepared(recipe, out, start, source, student, load_teacher(source), data, validation, lock)
+    return student
 
 
 class Lock:
@@ -146,7 +159,10 @@ class Lock:
             self._file.close()
             raise UpcycleError(f"another process trains in {out}; wait for it, or choose another 'out'") from None
         except OSError:
-            pass  # some network file systems cannot
+            return  # some network file systems cannot
+        if not self._path.exists() or self._path.stat().st_ino != os.fstat(self._file.fileno()).st_ino:
+            self._file.close()  # the one who let us in has removed it
+            raise UpcycleError(f"another process trains in {out}; wait for it, or choose another 'out'")
 
     def release(self) -> None:
         """Let others in."""
@@ -160,7 +176,8 @@ def open_fitting_data(spec: str, source: Source) -> TensorData | LatentFolder:
     data, vae = open_data(spec), source.components.get("vae")
     data.check_fits(source.config, read_json(source.spec, vae / "config.json") if vae else None)
     theirs = data.vae if isinstance(data, LatentFolder) else None
-    if vae and theirs and theirs.get("encoder_sha256") not in (None, _encoder_hash(vae)):
+    stated = theirs.get("encoder_sha256") if theirs else None
+    if vae and theirs and stated and stated != _encoder_hash(vae):
         raise UpcycleError(
             f"data {spec} was made with the VAE {theirs.get('id')}, whose encoder has other weights than the teacher's "
             "VAE; make it again with the teacher's"
@@ -249,13 +266,17 @@ def _open_student(start: Path, teacher: DiTConfig) -> ChunkedDiT:
     return student
 
 
-def _finished(recipe: Recipe, out: Path) -> bool:
-    """Whether the run in ``out`` has come to its last step, and what it exported is what this recipe asks for."""
+def _finished(recipe: Recipe, out: Path) -> int | None:
+    """Steps of the run in ``out``, if it has ended and has exported what this recipe asks for."""
     kept = checkpoints(out / "checkpoints")
-    if not kept or kept[-1].name != f"step-{recipe.steps:07d}":
-        return False
-    told = provenance.read(out / "export")
-    return told is not None and told["history"][-1].get("recipe", {}).get("export") == recipe.export
+    try:
+        told = provenance.read(out / "export")
+    except UpcycleError:
+        return None
+    last = told["history"][-1] if told and told["history"] else {}
+    asked = (last.get("recipe") or {}).get("export") == recipe.export
+    ended = bool(kept) and kept[-1].name == f"step-{last.get('steps') or 0:07d}"
+    return last["steps"] if asked and ended else None
 
 
 def finetune(
@@ -281,8 +302,8 @@ def _finetune(
 ) -> Path:
     recipe, out = prepared.recipe, prepared.out
     export = out / "export"
-    if resume and _finished(recipe, out):
-        on_note(f"{out} has done its {recipe.steps} steps already; nothing is left to do")
+    if resume and (steps := _finished(recipe, out)):
+        on_note(f"{out} has done its {steps} steps already; nothing is left to do")
         return export
     if ranks().is_main_process:
         clean(out)
@@ -305,12 +326,12 @@ def _finetune(
             raise UpcycleError(f"{out}: no space left; make room, then go on with --resume") from error
         raise
     if ranks().is_main_process:
-        result = results.read(out, recipe, trained.steps)
+        result = results.read(out, recipe, trained.step)
         done = provenance.event(
             "finetune",
             steps=trained.steps,
             skipped=trained.skipped,
-            exported_step=result.step,
+            exported_step=trained.step,
             changes=trained.changes,
             data=_describe_data(recipe.data, prepared.data),
             recipe=recipe.model_dump(mode="json"),
