@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 from fake_hub import FakeHub, Token
 
+# What the tests of ours rely on is seen there; this is for changes of the fake, or of huggingface_hub.
+pytestmark = pytest.mark.slow
+
 ID = "me/dit"
 
 # Runs before each piece of client code, which leaves what it found in `out`.

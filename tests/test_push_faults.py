@@ -74,7 +74,7 @@ FAULTS = {
     "lost": {"lose": True, "times": EVER},
 }
 # Tried in every run of the suite; the others are for `-m slow`.
-QUICK = {"503", "cut"}
+QUICK = {"503"}
 # What a push does without: it looks whether the commit was made.
 WELL_ANYWAY = {(kind, "lost") for kind in ("commit", "commit, new", "commit to branch")}
 PUSHES = [
