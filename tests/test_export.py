@@ -111,7 +111,7 @@ def told_dir(export_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_folder_in_half_precision_loads_in_stock_diffusers(told_dir, tmp_path, dtype):
     inside("export", told_dir, "--to", "diffusers", "--dtype", dtype, "-o", tmp_path / "plain")
     inside("export", told_dir, "--to", "diffusers", "--dtype", dtype, "--variant", "-o", tmp_path / "variant")
