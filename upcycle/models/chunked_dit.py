@@ -239,8 +239,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) ->
     if layout.place is None:
         return _attend(q, k, v, layout.key_bias)
     if q.device.type != "cpu" or torch.compiler.is_compiling():
-        pad_q, pad_k, pad_v = (layout.pad(y.flatten(-2)).unflatten(-1, y.shape[-2:]) for y in (q, k, v))
-        return layout.pack(_attend(pad_q, pad_k, pad_v, layout.key_bias).flatten(-2)).unflatten(-1, q.shape[-2:])
+        return attend_padded(q, k, v, layout)
+    return attend_per_sample(q, k, v, layout)
+
+
+def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`attend` of packed tokens, with every sample padded to the longest."""
+    pad_q, pad_k, pad_v = (layout.pad(y.flatten(-2)).unflatten(-1, y.shape[-2:]) for y in (q, k, v))
+    return layout.pack(_attend(pad_q, pad_k, pad_v, layout.key_bias).flatten(-2)).unflatten(-1, q.shape[-2:])
+
+
+def attend_per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`attend` of packed tokens, a call a sample."""
     parts, bias = zip(*(y[None].split(layout.lengths, dim=1) for y in (q, k, v)), strict=True), layout.key_bias
     out = [
         _attend(q, k, v, None if bias is None else bias[i : i + 1, ..., : q.shape[1]])
