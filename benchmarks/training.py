@@ -98,12 +98,12 @@ def post_training(kind: str, options: argparse.Namespace, device: Any) -> tuple[
     """`Updater.update`, without the average."""
     import torch
 
+    from upcycle.evaluation.speed import keep_tokens
     from upcycle.graft.plan import full_config
     from upcycle.graft.verify import stock_dit
     from upcycle.models.chunked_dit import ChunkedDiT
     from upcycle.recipe import Recipe
     from upcycle.sources import DiTConfig
-    from upcycle.training.cost import keep_tokens
     from upcycle.training.data import Batch
     from upcycle.training.fsdp import make_accelerator
     from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
@@ -127,7 +127,7 @@ def post_training(kind: str, options: argparse.Namespace, device: Any) -> tuple[
     model, optimizer = accelerator.prepare(student, optimizer)
     student = accelerator.unwrap_model(model)
     if kind != "even":
-        keep_tokens(student, options.size**2 / options.ratio)
+        keep_tokens(student, options.size**2 / options.ratio, ragged=True)
     teacher = torch.nn.Identity()
     if kind == "distilled":
         teacher = place_teacher(stock_dit(DiTConfig(**config, time_embedding="diffusers")), recipe, device)

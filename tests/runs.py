@@ -11,6 +11,7 @@ from typing import Any
 import tiny
 import torch
 import yaml
+from processes import Process
 from safetensors.torch import save_file
 
 from upcycle.recipe import Recipe, parse_recipe
@@ -70,20 +71,22 @@ def write_recipe(path: Path, world: Path, *stages: dict[str, Any], **changes: An
     return path
 
 
-def start(path: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen:
+def start(path: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen | Process:
     """Start the real command, on several ranks over the CPU if asked, in a process group of its own."""
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
+    if ranks == 1:
+        return Process("finetune", path, *arguments)
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     return subprocess.Popen(
         [sys.executable, "-m", *launch, "upcycle", "finetune", str(path), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, **({"ACCELERATE_USE_CPU": "true"} if ranks > 1 else {})},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
 
 
-def until(process: subprocess.Popen, condition, seconds: float = 300) -> bool:
+def until(process: subprocess.Popen | Process, condition, seconds: float = 300) -> bool:
     """Wait for a condition while the process lives; returns whether it came."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import run
 
-from upcycle.evaluation.bench import PARTS, Settings, bench, keep_evenly
+from upcycle.evaluation.bench import PARTS, Settings, bench
 from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
+from upcycle.evaluation.speed import keep_tokens
 from upcycle.graft.verify import stock_dit
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.sources import DiTConfig
@@ -23,7 +24,7 @@ def report():
     torch.manual_seed(0)
     teacher = stock_dit(DiTConfig(**COMMON, time_embedding="diffusers")).eval()
     student = ChunkedDiT(**COMMON, ratio=4.0, guide=0.0).eval()
-    keep_evenly(student, 16)
+    keep_tokens(student, 16)
     before = student.route
     done = bench(teacher, student, Settings(batch=2, steps=2, repeats=1, tail_drops=(0.0, 0.5)))
     assert student.route is before

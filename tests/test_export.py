@@ -91,6 +91,12 @@ def test_shards_become_a_single_file_and_that_a_folder_again(pipeline_dir, tmp_p
         "config.json", "diffusion_pytorch_model.safetensors", *(p.name for p in (back / "transformer").glob("*.py"))
     }  # fmt: skip
     fresh("AutoModel.from_pretrained(where + '/transformer', trust_remote_code=True)", back, tmp_path)
+    before, after = provenance.read(tmp_path / "shards"), provenance.read(back)
+    assert after["base"] == before["base"]
+    assert [event["what"] for event in after["history"]] == ["convert", "export", "export"]
+    assert after["files"].keys() == {path.relative_to(back).as_posix() for path in back.rglob("*.*")} - {
+        provenance.FILE
+    }
     assert "converted model already" in failing("convert", single, "-o", tmp_path / "no")
 
 

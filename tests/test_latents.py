@@ -1,9 +1,9 @@
 """`upcycle encode`, `upcycle synthesize` and the reader of what they write, on tiny data."""
 
 import json
+import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,6 +14,7 @@ import torch
 from conftest import run
 from fake_hub import FakeHub
 from PIL import Image
+from processes import Process
 from safetensors.torch import load_file, save_file
 
 from upcycle.errors import UpcycleError
@@ -302,21 +303,13 @@ def test_killed_and_gone_on_with(vae, tmp_path, upcycle):
             *("--shard-size", 3, "--batch", 2, "--steps", 5),
         ],
     }
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "upcycle", *map(str, given), "-o", str(tmp_path / name)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, given in commands.items()
-    }
+    running = {name: Process(*given, "-o", tmp_path / name) for name, given in commands.items()}
     deadline = time.monotonic() + 120
     while running:
         for name, process in list(running.items()):
             index = tmp_path / name / "index.json"
             if index.is_file() and len(json.loads(index.read_text())["shards"]) >= 2:
-                process.send_signal(signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
                 del running[name]
             assert process.poll() in (None, -signal.SIGKILL), process.communicate()

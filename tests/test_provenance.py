@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -262,6 +263,41 @@ def test_damaged(tmp_path, text):
     (tmp_path / provenance.FILE).write_text(text, encoding="latin-1")
     with pytest.raises(UpcycleError, match="is damaged"):
         provenance.read(tmp_path)
+
+
+EVENT = {"what": "finetune", "steps": 3, "recipe": {"data": "x", "batch_size": 2, "seed": 0, "stages": []}}
+FOUND = {"metric": "FID", "better": "lower", "student": 2.0, "teacher": None, "settings": {"samples": 10}}
+GOOD = {
+    "base": {"id": "a/b"}, "history": [EVENT], "evidence": [FOUND], "files": {"x": {"bytes": 1, "sha256": "0"}}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"base": {"id": 3}}, "base.id"),
+        ({"base": {"licence": ["mit"]}}, "base.licence"),
+        ({"history": ["finetune"]}, "history.0"),
+        ({"history": [{"what": "finetune", "steps": 3}]}, "history.0: value error, steps without a recipe"),
+        ({"history": [EVENT | {"recipe": EVENT["recipe"] | {"stages": [{}]}}]}, "stages.0.tail_drop"),
+        ({"history": [EVENT | {"versions": {"torch": 2}}]}, "versions.torch"),
+        ({"history": [EVENT | {"command": ["rm"]}]}, "command"),
+        ({"evidence": [FOUND | {"student": "good"}]}, "evidence.0.student"),
+        ({"evidence": [FOUND | {"settings": {"data": [1]}}]}, "evidence.0.settings.data"),
+        ({"files": {"x": {"bytes": "1", "sha256": "0"}}}, "files.x.bytes"),
+    ],
+)
+def test_what_strangers_write_is_checked(wrong, where):
+    assert provenance.parse(json.dumps(GOOD)) == GOOD
+    with pytest.raises(ValueError, match=re.escape(where)) as error:
+        provenance.parse(json.dumps(GOOD | wrong))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("said", ["", "{}", '{"base": {}, "history": 3}', "[" * 100_000])
+def test_a_damaged_header(said):
+    with pytest.raises(UpcycleError, match="header of its weights is damaged"):
+        provenance.extended({"format": "pt", "upcycle": said}, {"what": "export"})
 
 
 def test_none(tmp_path):

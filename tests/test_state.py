@@ -62,7 +62,7 @@ def kill_and_go_on(world, folder, kills, steps, seed):
         process = start(path, *(["--resume"] if kill else []))
         # Before the first save of all, while a checkpoint is being written, or anywhere.
         where = "early" if kill == 0 else draw.choice(["save", "save", "anywhere"])
-        at = done + draw.randint(1, max(1, (steps - done) // (kills - kill) - 1))
+        at = done + draw.randint(1, max(1, (steps - done) // (kills - kill) - 4))
         late = draw.uniform(0, 0.03)
         ready = {
             "early": lambda: (out / "start").exists(),

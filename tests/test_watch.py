@@ -2,11 +2,10 @@
 
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import run
 from PIL import Image
 from runs import HELD_OUT, WEIGHTS, names_in, rows_of, run_here, same, small, write_recipe
 from safetensors.torch import load_file
@@ -150,8 +149,7 @@ def test_tensorboard_gets_losses_and_validations(world, tmp_path):
 
     validation = {"data": str(world / "held-out"), "every": 3}
     path = write_recipe(tmp_path / "run.yaml", world, trackers=["tensorboard"], log_every=2, validation=validation)
-    done = subprocess.run([sys.executable, "-m", "upcycle", "finetune", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("finetune", path)
     events = EventAccumulator(str(tmp_path / "run" / "upcycle"))
     events.Reload()
     rows = rows_of(tmp_path / "run" / "log.csv")

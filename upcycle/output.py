@@ -116,15 +116,10 @@ def new_folder(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, 
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         _check_space(out, target.parent, bytes_needed)
-        yield partial
+        with _full_disk_explained(out):
+            yield partial
         with _explained(out):
             _replace(partial, target, old)
-    except UpcycleError:
-        raise
-    except Exception as error:
-        if disk_full(error):
-            raise _no_space(out) from error
-        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if target.exists():
@@ -145,15 +140,10 @@ def new_file(out: Path, force: bool, bytes_needed: int = 0, keep: tuple[Path, ..
         with _explained(out):
             target.parent.mkdir(parents=True, exist_ok=True)
         _check_space(out, target.parent, bytes_needed)
-        yield partial
+        with _full_disk_explained(out):
+            yield partial
         with _explained(out):
             partial.replace(target)
-    except UpcycleError:
-        raise
-    except Exception as error:
-        if disk_full(error):
-            raise _no_space(out) from error
-        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -201,6 +191,17 @@ def _explained(out: Path) -> Iterator[None]:
         raise UpcycleError(f"{out} cannot be used: {what}; choose another output folder with -o") from error
 
 
+@contextlib.contextmanager
+def _full_disk_explained(out: Path) -> Iterator[None]:
+    """Whatever else fails while ``out`` is written is not about ``out``."""
+    try:
+        yield
+    except Exception as error:
+        if disk_full(error) and not isinstance(error, UpcycleError):
+            raise _no_space(out) from error
+        raise
+
+
 def _no_space(out: Path) -> UpcycleError:
     return UpcycleError(f"{out}: no space left to write it; make room or choose another folder with -o")
 
@@ -215,10 +216,15 @@ def _exists(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it holds the old text or the new one, whatever interrupts."""
+    """`write_bytes` of text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it holds the old content or the new one, whatever interrupts."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
 from upcycle.errors import UpcycleError
 from upcycle.output import to_json, write_text
 
@@ -47,10 +49,24 @@ def metadata(base: Mapping[str, Any], history: list[dict[str, Any]]) -> dict[str
 
 def extended(header: Mapping[str, str], done: dict[str, Any]) -> dict[str, str]:
     """The header entries of a file that is made from one with ``header``, after one more `event`."""
-    if "upcycle" not in header:
+    told = from_header(header)
+    if told is None:
         return {"format": "pt", **header}
-    told = json.loads(header["upcycle"])
     return {**header, **metadata(told["base"], [*told["history"], done])}
+
+
+def from_header(header: Mapping[str, str]) -> dict[str, Any] | None:
+    """``base`` and ``history`` from the entries that `metadata` wrote; None where there are none.
+
+    Raises:
+        UpcycleError: they are damaged.
+    """
+    if "upcycle" not in header:
+        return None
+    try:
+        return _checked(header["upcycle"], _Told)
+    except ValueError as error:
+        raise UpcycleError(f"the provenance in the header of its weights is damaged ({error})") from error
 
 
 def _placeless(done: dict[str, Any]) -> dict[str, Any]:
@@ -118,19 +134,87 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def parse(text: str) -> dict[str, Any]:
     """The content of an `upcycle.json`; raises ValueError where it is not one."""
-    found = json.loads(text)
-    kinds = {"base": dict, "history": list, "evidence": list, "files": dict}
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError("it lacks base, history, evidence or files")
-    for name, entries, needed in (
-        ("history", found["history"], {"what": str}),
-        ("evidence", found["evidence"], {"metric": str, "better": str, "settings": dict}),
-        ("files", found["files"].values(), {"bytes": int, "sha256": str}),
-    ):
-        for entry in entries:
-            if not isinstance(entry, dict) or not all(isinstance(entry.get(k), kind) for k, kind in needed.items()):
-                raise ValueError(f"an entry of its {name} lacks {' or '.join(needed)}")
+    return _checked(text, _Provenance)
+
+
+def _checked(text: str, kind: type[BaseModel]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(text)
+        kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     return found
+
+
+class _Part(BaseModel):
+    """Whatever else stands in a part is kept: a later version may know what it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Base(_Part):
+    id: str | None = None
+    kind: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+class _TailDrop(_Part):
+    values: list[float]
+
+
+class _Stage(_Part):
+    tail_drop: _TailDrop
+
+
+class _Recipe(_Part):
+    data: str
+    batch_size: int
+    seed: int
+    stages: list[_Stage]
+
+
+class _Event(_Part):
+    what: str
+    command: str | None = None
+    versions: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    steps: int | None = None
+    data: dict[str, Any] = {}
+    recipe: _Recipe | None = None
+
+    @model_validator(mode="after")
+    def _steps_of_a_recipe(self) -> "_Event":
+        if self.steps is not None and self.recipe is None:
+            raise ValueError("steps without a recipe")
+        return self
+
+
+class _Evidence(_Part):
+    metric: str
+    better: str
+    student: float | None = None
+    teacher: float | None = None
+    settings: dict[str, str | float | bool | None]
+
+
+class _File(_Part):
+    bytes: int
+    sha256: str
+
+
+class _Told(_Part):
+    base: _Base
+    history: list[_Event]
+
+
+class _Provenance(_Told):
+    evidence: list[_Evidence]
+    files: dict[str, _File]
 
 
 def add_evidence(folder: Path, *found: dict[str, Any], drawn: Collection[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
     pip install -e '.[digits]'
     python examples/study/study.py [--out runs/study] [--arms exact paper ...] [--seeds 0 1 2] [--steps 400] [--jobs 2]
+    python examples/study/study.py --report      # table and picture again, of what has been run
 
 Every arm is a recipe for `upcycle finetune`, with the same batches and number of steps. At every quarter of a run its
 averaged weights are judged on held-out digits (epsilon-MSE at ten timesteps) and on 100 whole trajectories (50 DDIM
@@ -29,6 +30,7 @@ from sklearn.svm import SVC
 from upcycle.evaluation.validation import validate
 from upcycle.graft.verify import load_student
 from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.output import write_text
 from upcycle.recipe import Recipe, load_recipe
 from upcycle.sampling.draw import TokenCounter, clamp_null_class, draw
 from upcycle.training import schedule
@@ -76,9 +78,10 @@ def scratch_start(recipe: dict[str, Any], seed: int) -> None:
     start = Path(recipe["student"])
     if start.exists():
         return
-    command = [sys.executable, "-m", "upcycle", "convert", str(TEACHER), "--init", "paper", "-o", str(start)]
+    fresh = start.with_name("start.partial")
+    command = [sys.executable, "-m", "upcycle", "convert", str(TEACHER), "--init", "paper", "-o", str(fresh), "--force"]
     subprocess.run([*command, "--seed", str(seed), "--no-verify"], check=True, capture_output=True)
-    path = start / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = fresh / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in weights.items():
@@ -89,6 +92,7 @@ def scratch_start(recipe: dict[str, Any], seed: int) -> None:
             elif tensor.ndim == 2 and ".norm1.linear." not in name:
                 torch.nn.init.xavier_uniform_(tensor, generator=generator)
     save_file(weights, path, metadata={"format": "pt"})
+    fresh.rename(start)
 
 
 def run_arm(arm: str, seed: int, steps: int, out: Path) -> None:
@@ -153,7 +157,7 @@ def judge(folder: Path) -> None:
                 "tokens": tokens,
             }
         )
-    (folder / "result.json").write_text(json.dumps(rows, indent=1))
+    write_text(folder / "result.json", json.dumps(rows, indent=1))
 
 
 def averaged_students(recipe: Recipe, start: Path):
@@ -201,9 +205,10 @@ def plot(out: Path, arms: list[str], seeds: list[int], path: Path) -> None:
     columns = {"val_loss": "held-out ε-MSE", "paired_mse": "paired MSE of samples"}
     for axis, (key, title) in zip(axes, columns.items(), strict=True):
         for arm in arms:
-            runs = runs_of(out, arm, seeds)
+            if not (runs := runs_of(out, arm, seeds)):
+                continue
             values = [[row[key] for row in rows] for rows in zip(*runs, strict=True)]
-            steps = [row["step"] for row in runs[0]] if runs else []
+            steps = [row["step"] for row in runs[0]]
             (line,) = axis.plot(steps, [mean(v) for v in values], label=arm)
             low, high = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
@@ -220,12 +225,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and picture of what has been run")
     parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.judge:
         judge(options.judge)
         return
-    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+    jobs = [] if options.report else [(arm, seed) for seed in options.seeds for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: run_arm(*job, options.steps, options.out), jobs))
     teacher = validate_teacher()

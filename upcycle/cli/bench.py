@@ -60,7 +60,7 @@ def bench(
     quiet_libraries()
     with working("loading"):
         from upcycle.evaluation import bench as measuring
-        from upcycle.hub.measure import machine
+        from upcycle.evaluation.speed import machine
 
         settings = measuring.Settings(batch, steps, repeats, drops, uncond_tail_drop)
         theirs, student = _from_shape(shape, size, ratio, layers) if shape else _from_model(str(model), teacher)
@@ -99,7 +99,7 @@ def _parse_drops(text: str) -> tuple[float, ...]:
 
 
 def _from_shape(shape: str, size: int, ratio: float | None, layers: int | None) -> tuple[Any, Any]:
-    from upcycle.evaluation.bench import keep_evenly
+    from upcycle.evaluation.speed import keep_tokens
     from upcycle.graft.verify import stock_dit
     from upcycle.models.chunked_dit import ChunkedDiT
     from upcycle.sources import SHAPES, DiTConfig
@@ -120,7 +120,7 @@ def _from_shape(shape: str, size: int, ratio: float | None, layers: int | None) 
     if not 1 <= kept <= size**2:
         raise UpcycleError(f"--ratio {kept:g} must be between 1 and the {size**2} positions")
     student = ChunkedDiT(**common, ratio=kept, guide=0.0)
-    keep_evenly(student, size**2 / kept)
+    keep_tokens(student, size**2 / kept)
     return stock_dit(DiTConfig(**common, time_embedding="diffusers")), student
 
 

@@ -23,9 +23,9 @@ def to_device(model: Any, device: str | None) -> Any:
 
 def torch_dtype(name: Dtype) -> Any:
     """The `torch.dtype` of an option."""
-    import torch
+    from upcycle.graft.pieces import DTYPES
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
 
 
 @contextlib.contextmanager

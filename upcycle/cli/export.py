@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from upcycle.cli.device import Dtype, torch_dtype
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -34,7 +35,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Output: a folder for diffusers, else a file.")],
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
+        Dtype | None,
         typer.Option(help="Precision of the weights; the router stays fp32. Default: as they are."),
     ] = None,
     variant: Annotated[
@@ -56,10 +57,9 @@ def export(
     quiet_libraries()
     with working(f"reading {model}"):
         from upcycle.export import only_student, open_model
-        from upcycle.graft.pieces import DTYPES
 
         opened = open_model(model, revision=revision, weights=weights, heads=heads)
-    precision = DTYPES[dtype] if dtype else None
+    precision = torch_dtype(dtype) if dtype else None
     with progress() as bar:
         task = bar.add_task("writing", total=None)
 

@@ -1,6 +1,5 @@
 """How fast a student is beside its teacher: whole sampling runs, interleaved in one process."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
-from upcycle.models.chunked_dit import ChunkedDiT, Routing
+from upcycle.models.chunked_dit import ChunkedDiT
 
 PARTS = ("encode", "route", "chunk", "embed_tokens", "run_blocks", "head", "dechunk", "decode")
 """Methods of a lean `ChunkedDiT` that are timed one by one; what is left is the embedders."""
@@ -59,32 +58,6 @@ class Variant:
         out = self.model(x, timestep, labels)
         self.kept.append(out.routing.mask.sum(1))
         return out.sample
-
-
-def keep_evenly(student: ChunkedDiT, tokens: float) -> None:
-    """Let the router keep ``tokens`` of every sample, evenly spread, and drop the tail of that.
-
-    Random weights keep what they like; what the router computes is still computed.
-    """
-    decide = student.route
-
-    def route(
-        features: torch.Tensor,
-        x: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: torch.Tensor,
-        tail_drop: float | torch.Tensor,
-        guide: float | torch.Tensor,
-    ) -> Routing:
-        routing = decide(features, x, timestep, condition, tail_drop, guide)
-        batch, size = routing.mask.shape
-        position = torch.arange(size, device=x.device)
-        left = 1 - torch.as_tensor(tail_drop, device=x.device, dtype=torch.float32).expand(batch)[:, None]
-        count = (tokens * left).round().clamp(min=1).long()
-        mask = (position * count) // size != ((position - 1) * count) // size
-        return dataclasses.replace(routing, mask=mask, mask_natural=mask)
-
-    student.route = route  # type: ignore[method-assign]
 
 
 def variants_of(teacher: DiTTransformer2DModel, student: ChunkedDiT, settings: Settings) -> list[Variant]:

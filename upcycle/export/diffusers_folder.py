@@ -9,7 +9,7 @@ import torch
 
 from upcycle import provenance
 from upcycle.graft.convert import DEFAULT_SHARD_BYTES, write_config
-from upcycle.graft.pieces import reused
+from upcycle.graft.pieces import dtype_name, reused
 from upcycle.graft.writer import Piece, nbytes, write_weights
 from upcycle.output import new_folder
 from upcycle.sources.diffusers_folder import read_weights
@@ -43,9 +43,8 @@ def export_folder(
         tensors, metadata = _weights(source / "vae")
         components["vae"] = reused(tensors, dtype), metadata
     size = sum(nbytes(piece) for pieces, _ in components.values() for piece in pieces.values())
-    origin = provenance.read(source) if source.is_dir() else None
-    precision = str(dtype).removeprefix("torch.") if dtype else None
-    done = provenance.event("export", dtype=precision, variant=variant)
+    origin = provenance.read(source) if source.is_dir() else provenance.from_header(student.metadata)
+    done = provenance.event("export", dtype=dtype_name(dtype), variant=variant)
     sha256: dict[str, str] = {}
     with new_folder(out, force, bytes_needed=size, keep=(source,)) as folder:
         for name, (pieces, metadata) in components.items():
@@ -66,8 +65,9 @@ def export_folder(
             elif (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         if origin:
-            measured = [_before_export(found) for found in origin["evidence"]] if dtype else origin["evidence"]
-            history = [*origin["history"], done]
+            measured, history = origin.get("evidence", []), [*origin["history"], done]
+            if dtype:
+                measured = [_before_export(found) for found in measured]
             provenance.write(folder, origin["base"], history, evidence=measured, sha256=sha256)
     return [] if source.is_dir() else ["a single file has no VAE and scheduler: the transformer alone was written"]
 

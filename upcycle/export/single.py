@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from upcycle import provenance
-from upcycle.graft.pieces import reused
+from upcycle.graft.pieces import dtype_name, reused
 from upcycle.graft.writer import nbytes, write_safetensors
 from upcycle.output import new_file
 from upcycle.sources.student import CONFIG_KEY, Student
@@ -30,8 +30,7 @@ def export_single(
     """
     pieces = reused(student.tensors, dtype)
     config = json.dumps({"_class_name": "ChunkedDiT", **student.config})
-    precision = str(dtype).removeprefix("torch.") if dtype else None
-    done = provenance.event("export", to="single", dtype=precision)
+    done = provenance.event("export", to="single", dtype=dtype_name(dtype))
     metadata = {**provenance.extended(student.metadata, done), CONFIG_KEY: config}
     with new_file(out, force, bytes_needed=sum(map(nbytes, pieces.values())), keep=(student.path,)) as file:
         write_safetensors(file, pieces.items(), metadata, written)

@@ -16,6 +16,11 @@ from upcycle.sources.tensors import LazyTensor, check_finite
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """The name that commands know a dtype by; None for None."""
+    return next((name for name, known in DTYPES.items() if known == dtype), None)
+
+
 @dataclass(frozen=True)
 class FreshTensor:
     """A tensor that the source does not hold."""
@@ -71,7 +76,7 @@ class CastTensor:
         for chunk in self.source.chunks(buffer):
             cast = chunk.to(self.dtype)
             if cast.isinf().any():
-                name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+                name = dtype_name(self.dtype)
                 raise UpcycleError(
                     f"tensor {self.name} holds {chunk.abs().max().item():g}, and the largest number of {name} is "
                     f"{torch.finfo(self.dtype).max:g}; choose {'bf16 or fp32' if name == 'fp16' else 'fp32'}"

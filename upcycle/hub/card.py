@@ -17,6 +17,7 @@ import yaml
 from upcycle import __version__
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.flops import PAPER_STEPS, chunked_dit_flops, student_flops_by_tail_drop
+from upcycle.evaluation.speed import SPEED
 from upcycle.graft.export import PICTURES
 from upcycle.graft.plan import full_config
 from upcycle.hub.check import Export
@@ -25,7 +26,6 @@ from upcycle.info import trained_tail_drops
 from upcycle.sources import StudentConfig, hub
 
 NOT_MEASURED = "not measured"
-SPEED = "seconds per image"
 CAPTIONS = {
     "samples.png": "Samples",
     "router.png": "What the router keeps, along the noise levels",

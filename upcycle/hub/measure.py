@@ -1,6 +1,6 @@
 """Pictures and speed for a model card, from a few samples."""
 
-import platform
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,10 @@ from diffusers import DiTPipeline
 from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import plots
+from upcycle.evaluation.speed import SPEED, machine
 from upcycle.graft.export import PICTURES
 from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.output import write_bytes
 from upcycle.sampling.draw import TokenCounter, draw
 from upcycle.sampling.grid import save_grid
 from upcycle.sampling.pipeline import class_count
@@ -47,16 +49,17 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
         seconds = (time.perf_counter() - start) / len(images)
     counter.remove()
     hook.remove()
-    pictures = folder / f".{PICTURES}.partial"
-    pictures.mkdir(exist_ok=True)
-    save_grid(images, pictures / "samples.png", columns=4)
-    x_t, probability, mask = (torch.stack(tensors, 1) for tensors in (seen.x_t, seen.probability, seen.mask))
-    plots.router_maps(x_t, probability, mask, seen.timesteps, pictures / "router.png", "while sampling")
-    config, kept = pipe.transformer.config, torch.tensor(counter.kept)
-    patches = (config.sample_size // config.patch_size) ** 2
-    plots.compression(counter.timesteps, kept, config.sample_size**2, patches, pictures / "compression.png")
+    with tempfile.TemporaryDirectory(prefix="upcycle-measure-") as name:
+        pictures = Path(name)
+        save_grid(images, pictures / "samples.png", columns=4)
+        x_t, probability, mask = (torch.stack(tensors, 1) for tensors in (seen.x_t, seen.probability, seen.mask))
+        plots.router_maps(x_t, probability, mask, seen.timesteps, pictures / "router.png", "while sampling")
+        config, kept = pipe.transformer.config, torch.tensor(counter.kept)
+        patches = (config.sample_size // config.patch_size) ** 2
+        plots.compression(counter.timesteps, kept, config.sample_size**2, patches, pictures / "compression.png")
+        drawn = {path.name: path.read_bytes() for path in pictures.iterdir()}
     found = {
-        "metric": "seconds per image",
+        "metric": SPEED,
         "better": "lower",
         "student": seconds,
         "teacher": None,
@@ -71,19 +74,6 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
     }
     # At the end and at once: a picture that differs from its digest would make the export look damaged.
     (folder / PICTURES).mkdir(exist_ok=True)
-    names = [path.name for path in pictures.iterdir()]
-    for name in names:
-        (pictures / name).replace(folder / PICTURES / name)
-    pictures.rmdir()
-    provenance.add_evidence(folder, found, drawn=[f"{PICTURES}/{name}" for name in names])
-
-
-def machine(device: torch.device) -> str:
-    """A name for where something was measured."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    for name, content in drawn.items():
+        write_bytes(folder / PICTURES / name, content)
+    provenance.add_evidence(folder, found, drawn=[f"{PICTURES}/{name}" for name in drawn])

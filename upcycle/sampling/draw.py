@@ -62,43 +62,37 @@ class _Block(importlib.abc.MetaPathFinder):
 
 
 def main(job_path: str) -> None:
-    """Draw from several pipelines in turn and time them.
+    """Draw from several pipelines and time them, after two steps to warm up.
 
-    The job: ``models`` {name: folder}, ``labels``, ``seeds``, ``steps``, ``guidance_scale``, ``repeats``, ``out``
-    (a folder for ``NAME.pt`` and ``report.json``).
+    The job: ``models`` {name: folder}, ``labels``, ``seeds``, ``steps``, ``guidance_scale``, ``out`` (a folder for
+    ``NAME.pt`` and ``report.json``).
     """
     sys.meta_path.insert(0, _Block())
     from diffusers import DiffusionPipeline
 
     job = json.loads(Path(job_path).read_text())
     out = Path(job["out"])
-    pipes: dict[str, Any] = {}
     report: dict[str, Any] = {}
     for name, folder in job["models"].items():
         pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         pipe.set_progress_bar_config(desc=f"sampling {name}", file=sys.stderr, leave=False)
         if type(pipe.transformer).__name__ == "DiTTransformer2DModel":
             clamp_null_class(pipe.transformer)
-        pipes[name] = pipe
         report[name] = {
             "pipeline": type(pipe).__module__ + "." + type(pipe).__name__,
             "transformer": type(pipe.transformer).__module__ + "." + type(pipe.transformer).__name__,
-            "seconds": [],
         }
-    arguments = job["labels"], job["seeds"], job["steps"], job["guidance_scale"]
-    for repeat in range(job["repeats"]):
-        for name, pipe in pipes.items():
-            counter = None
-            if repeat == 0 and hasattr(pipe.transformer, "set_tail_drop"):
-                counter = TokenCounter(pipe.transformer, len(job["labels"]))
-            start = time.perf_counter()
-            images = draw(pipe, *arguments)
-            report[name]["seconds"].append((time.perf_counter() - start) / len(images))
-            if repeat == 0:
-                torch.save(images, out / f"{name}.pt")
-            if counter:
-                counter.remove()
-                report[name].update(kept=counter.kept, timesteps=counter.timesteps)
+        draw(pipe, job["labels"], job["seeds"], 2, job["guidance_scale"])
+        counter = None
+        if hasattr(pipe.transformer, "set_tail_drop"):
+            counter = TokenCounter(pipe.transformer, len(job["labels"]))
+        start = time.perf_counter()
+        images = draw(pipe, job["labels"], job["seeds"], job["steps"], job["guidance_scale"])
+        report[name]["seconds_per_image"] = (time.perf_counter() - start) / len(images)
+        torch.save(images, out / f"{name}.pt")
+        if counter:
+            counter.remove()
+            report[name].update(kept=counter.kept, timesteps=counter.timesteps)
     report["upcycle_imported"] = any(module.partition(".")[0] == "upcycle" for module in sys.modules)
     (out / "report.json").write_text(json.dumps(report))
 

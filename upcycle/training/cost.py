@@ -19,15 +19,16 @@ from accelerate.utils import parse_flag_from_env
 
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, tokens_at_ratio
+from upcycle.evaluation.speed import keep_tokens
 from upcycle.graft.plan import Options, full_config, make_plan
 from upcycle.graft.verify import stock_dit
-from upcycle.models.chunked_dit import ChunkedDiT, Routing
+from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe, Stage
 from upcycle.sources import DiTConfig, Source
 from upcycle.sources.weight_files import read_json
 from upcycle.training.data import Batch
 from upcycle.training.fsdp import make_accelerator
-from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
+from upcycle.training.loop import make_optimizer, place_teacher, prepare_student, teacher_dtype
 from upcycle.training.run import check, open_fitting_data, ranks, student_folder
 from upcycle.training.state import RunState
 from upcycle.training.step import Updater
@@ -38,8 +39,6 @@ MEASURED_WHOLE = 4
 
 MEASURED_FLOPS = {"cpu": 2e11, "cuda": 2e13}
 """A measured step is as large as this, and no larger than the recipe's."""
-
-BYTES = {"no": 4, "bf16": 2, "fp16": 2}
 
 
 def estimate(recipe: Recipe, *, measure: bool = True) -> dict[str, Any]:
@@ -131,7 +130,6 @@ def memory(
     if recipe.mixed_precision == "bf16":
         low = whole(everything) - (whole(blocks) * (1 - 1 / layers) if recipe.gradient_checkpointing else 0)
     batch = recipe.batch_size // ranks // recipe.gradient_accumulation
-    precision = recipe.teacher_precision or recipe.mixed_precision
     parts = {
         "weights": 4 * size(everything),
         "gradients": 4 * size(ever),
@@ -140,7 +138,7 @@ def memory(
         "buckets": 4 * whole(ever) if ranks > 1 and not sharded else 0,
         "gathered": 4 * gathered,
         "bf16_weights": 2 * low,
-        "teacher": BYTES[precision] * teacher_parameters,
+        "teacher": teacher_dtype(recipe).itemsize * teacher_parameters,
         "activations": batch * _activations(recipe, dict(student.config)),
     }
     return {**parts, "total": sum(parts.values())}
@@ -236,7 +234,7 @@ def _activations(recipe: Recipe, config: dict[str, Any]) -> float:
 def _kept_by_autograd(recipe: Recipe, config: dict[str, Any], layers: int, tokens: int) -> float:
     """Bytes for a sample in a model of so many blocks: what two samples need beyond one, so that weights drop out."""
     model = ChunkedDiT(**{**config, "num_layers": layers, "num_embedders": 1})
-    keep_tokens(model, tokens)
+    keep_tokens(model, tokens, ragged=True, tail_drop=False)
     side, sizes = config["sample_size"], []
     for batch in (1, 2):
         seen: dict[int, int] = {}
@@ -253,26 +251,6 @@ def _kept_by_autograd(recipe: Recipe, config: dict[str, Any], layers: int, token
         sizes.append(sum(seen.values()))
         del out
     return float(sizes[1] - sizes[0])
-
-
-def keep_tokens(student: ChunkedDiT, tokens: float) -> None:
-    """Let the router keep ``tokens`` a sample on average, from half as many to half as many more over a batch.
-
-    A router that has not learned keeps what it likes, which is not what a step will cost.
-    """
-    decide = student.route
-
-    def route(*arguments: Any) -> Routing:
-        routing = decide(*arguments)
-        batch, size = routing.mask.shape
-        device = routing.mask.device
-        share = torch.linspace(0.5, 1.5, batch, device=device) if batch > 2 else torch.ones(batch, device=device)
-        count = (tokens * share).clamp(1, size).long()[:, None]
-        position = torch.arange(size, device=device)
-        mask = (position * count) // size != ((position - 1) * count) // size  # evenly spread, from the first on
-        return dataclasses.replace(routing, mask=mask, mask_natural=mask)
-
-    student.route = route  # type: ignore[method-assign,assignment]
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -322,7 +300,7 @@ def _time(
     decide, times = student.route, []
     for stage, told in zip(recipe.stages, stages, strict=True):
         student.route = decide
-        keep_tokens(student, told["tokens_per_sample"])
+        keep_tokens(student, told["tokens_per_sample"], ragged=True, tail_drop=False)
         tail = stage.tail_drop.model_copy(update={"values": []})  # the tokens kept have it in them
         changed = {"stages": [stage.model_copy(update={"tail_drop": tail})], "gradient_accumulation": 1}
         alone = recipe.model_copy(update=changed)

@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel
 
 from upcycle.errors import UpcycleError
+from upcycle.graft.pieces import DTYPES
 from upcycle.latents.reader import LatentFolder
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
@@ -92,9 +93,12 @@ def prepare_student(student: ChunkedDiT, recipe: Recipe) -> None:
 
 def place_teacher(teacher: DiTTransformer2DModel, recipe: Recipe, device: torch.device) -> DiTTransformer2DModel:
     """The teacher on the device, in a precision of its own."""
-    precision = recipe.teacher_precision or recipe.mixed_precision
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return teacher.to(device, dtype).eval().requires_grad_(False)
+    return teacher.to(device, teacher_dtype(recipe)).eval().requires_grad_(False)
+
+
+def teacher_dtype(recipe: Recipe) -> torch.dtype:
+    """The teacher's precision: the recipe's ``teacher_precision``, else that of its autocast."""
+    return {"no": torch.float32, **DTYPES}[recipe.teacher_precision or recipe.mixed_precision]
 
 
 def train(
