@@ -17,22 +17,53 @@ def masks(draw, batch=2):
     return mask, height, width
 
 
-@settings(max_examples=60, deadline=None)
-@given(masks(), st.sampled_from([0.0, 0.4, 1.4, 3.4]))
-def test_nearest_kept_equals_dense_search_with_raster_ties(grid, shift):
+def dense_nearest(mask, width, shift):
+    """Every position with every kept one, in integer tenths: floating point would break ties at random."""
+    w = torch.arange(mask.shape[1])
+    row, column = w // width, w % width
+    squared = (10 * (row[:, None] - row) - round(10 * shift)) ** 2
+    squared = squared + (10 * (column[:, None] - column) - round(10 * shift)) ** 2
+    return torch.stack([(squared + torch.where(kept, 0, 10**9)).min(1).indices for kept in mask])  # the first of equals
+
+
+@settings(max_examples=150, deadline=None)
+@given(masks(), st.sampled_from([0.0, 0.4, 0.9, 1.4, 3.4]), st.sampled_from([None, 1, 2, 4]))
+def test_nearest_kept_equals_dense_search_with_raster_ties(grid, shift, reach):
     mask, height, width = grid
-    got = cd.nearest_kept(mask, height, width, shift)
-    for b in range(len(mask)):
-        kept = mask[b].nonzero()[:, 0].tolist()
-        for w in range(height * width):
-            # integer tenths: floating point would break ties at random
-            distance = {
-                u: (10 * (w // width - u // width) - round(10 * shift)) ** 2
-                + (10 * (w % width - u % width) - round(10 * shift)) ** 2
-                for u in kept
-            }
-            least = min(distance.values())
-            assert got[b, w] == min(u for u in kept if distance[u] == least)
+    got, exact = cd.nearest_kept(mask, height, width, shift, reach)
+    assert exact or reach
+    if exact:
+        assert torch.equal(got, dense_nearest(mask, width, shift))
+    assert ((got >= 0) & (got < height * width)).all()
+
+
+def test_what_lies_out_of_reach_is_told_and_found_nevertheless():
+    mask = torch.zeros(2, 32 * 8, dtype=torch.bool)
+    mask[:, 0] = True
+    mask[1, 25 * 8 + 3] = True
+    assert not cd.nearest_kept(mask, 32, 8, 0.4, reach=4)[1]
+    every_fourth_row = (torch.arange(32 * 8) // 8 % 4 == 0).expand(2, -1)
+    assert cd.nearest_kept(every_fourth_row, 32, 8, 0.4, reach=4)[1]
+    mask = torch.zeros(1, 32 * 32, dtype=torch.bool)
+    mask[0, [0, 31 * 32]] = True
+    logit = torch.zeros(1, 32 * 32)
+    model = cd.ChunkedDiT(2, 8, num_layers=1, num_classes=2)
+    chunks = model.chunk(torch.zeros(1, 4, 32, 32), cd.Routing(logit, logit, mask, mask, logit), torch.tensor([10]))
+    assert torch.equal(chunks.owner, dense_nearest(mask, 32, 0.4))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("length", [1, 7, 64, 65, 100, 257])
+def test_blurring_in_bands_equals_one_product(length, sigma):
+    x = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(0))
+    got, reference = x.clone().requires_grad_(), x.clone().double().requires_grad_()
+    i = torch.arange(length)
+    expected = reference @ torch.exp(-((i[:, None] - i) ** 2).double() / (2 * sigma**2))
+    torch.testing.assert_close(cd._blur(got, sigma), expected.float(), atol=1e-6, rtol=1e-6)
+    weight = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+    (cd._blur(got, sigma) * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(got.grad, reference.grad.float(), atol=1e-6, rtol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,6 +108,16 @@ def test_tail_drop_takes_the_lowest_of_each_sample(grid, fractions):
         assert left[b].any()
         if dropped.any():
             assert logit[b][dropped].max() < logit[b][left[b]].min()
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(batch=1), st.floats(0, 0.99))
+def test_a_fixed_budget_keeps_what_tail_dropping_keeps(grid, fraction):
+    mask, _, _ = grid
+    logit = torch.randint(-3, 3, mask.shape, generator=torch.Generator().manual_seed(1)).float()  # with ties
+    logit = logit.where(mask, logit - 10)
+    left = cd.drop_tail(mask, logit, torch.tensor([fraction]))
+    assert torch.equal(cd.most_probable(logit, int(left.sum())), left)
 
 
 @pytest.mark.parametrize("ratio", [3, 4, 6, 8, 9, 16, 64])

@@ -82,7 +82,8 @@ def test_trained_export_and_table(worker, export_dir, tmp_path):
     shutil.copytree(export_dir, tmp_path / "trained")
     now = provenance.read(tmp_path / "trained")
     stages = [{"tail_drop": {"values": [0.0, 0.6]}}, {"tail_drop": {"values": [0.3, 0.0]}}]
-    done = {"what": "finetune", "command": "upcycle finetune x.yaml", "steps": 5, "recipe": {"stages": stages}}
+    recipe = {"data": "latents", "batch_size": 8, "seed": 0, "stages": stages}
+    done = {"what": "finetune", "command": "upcycle finetune x.yaml", "steps": 5, "recipe": recipe}
     provenance.write(tmp_path / "trained", {**now["base"], "licence": None}, [*now["history"], done])
     loss = {"metric": "ε-MSE", "better": "lower", "student": 0.25, "teacher": None, "settings": {}}
     provenance.add_evidence(tmp_path / "trained", loss, {**loss, "metric": "FID", "student": float("nan")})

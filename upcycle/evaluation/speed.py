@@ -46,6 +46,8 @@ def keep_tokens(student: ChunkedDiT, tokens: float, *, ragged: bool = False, tai
         if drop:
             share = share * (1 - torch.as_tensor(tail_drop, device=x.device, dtype=torch.float32))
         count = (tokens * share).round().clamp(1, size).long()[:, None]
+        if routing.tokens is not None:
+            count = torch.full_like(count, routing.tokens)
         position = torch.arange(size, device=x.device)
         mask = (position * count) // size != ((position - 1) * count) // size  # evenly spread, from the first on
         return dataclasses.replace(routing, mask=mask, mask_natural=mask)

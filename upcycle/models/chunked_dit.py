@@ -35,6 +35,8 @@ LATTICE = (1.5, 0.0, -2.0)  # router prior: on (0,0) mod 2p, on the rest of the 
 DETAIL_FLOOR, DETAIL_SCALE = 0.03, 0.8
 WINDOW_VARIANCE_FLOOR = 3e-4
 OFF_GRID_WEIGHT = 0.135  # of a window beside the teacher's grid, where windows overlap
+REACH = 8  # rows on either side in which owners are looked for at first
+GAUSSIAN_CUT = 7.2  # standard deviations beyond which a weight is below 1e-11
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Routing:
 
     ``logit`` is the boundary logit, ``probability`` its sigmoid (1 for positions that are always kept),
     ``mask_natural`` the positions with p > 1/2, ``mask`` the same after tail dropping, and ``score`` the part of the
-    logit that is learned (without bias and guide), which router supervision trains.
+    logit that is learned (without bias and guide), which router supervision trains. ``tokens``: how many every sample
+    keeps, known without a look at ``mask``; None where that is up to the router.
     """
 
     logit: torch.Tensor
@@ -51,6 +54,7 @@ class Routing:
     mask_natural: torch.Tensor
     mask: torch.Tensor
     score: torch.Tensor
+    tokens: int | None = None
 
     @property
     def selected_probability(self) -> torch.Tensor:
@@ -416,28 +420,51 @@ def drop_tail(mask: torch.Tensor, logit: torch.Tensor, tail_drop: torch.Tensor) 
     return mask & (rank < kept - dropped)
 
 
-def nearest_kept(mask: torch.Tensor, height: int, width: int, shift: float) -> torch.Tensor:
-    """For each position the kept position u that minimises |w - u - shift|^2, int64 [B, L]; ties in raster order.
+def most_probable(logit: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The ``tokens`` positions of highest logit of each sample, of equal ones the earlier; [B, L] -> bool [B, L]."""
+    rank = logit.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return rank < tokens
 
-    ``shift`` is in positions, the same for rows and columns, a multiple of 0.1. Exact integer arithmetic on a
-    separable search, first along rows and then along columns: O(L * (H + W)), never L x M.
+
+def nearest_kept(
+    mask: torch.Tensor, height: int, width: int, shift: float, reach: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each position the kept position u that minimises |w - u - shift|^2; ties in raster order.
+
+    ``shift`` >= 0 is in positions, the same for rows and columns, a multiple of 0.1. Exact integer arithmetic, first
+    along rows, by scans, and then along columns, over ``reach`` rows on either side: O(L * reach), never L x M.
+
+    Returns:
+        int64 [B, L], and whether that is the nearest one for every position whatever lies outside of the reach, bool
+        (always with None, which looks at all rows).
     """
-    device, shift10 = mask.device, round(10 * shift)
-    size = height * width
-    far = (10 * (height + width) + shift10) ** 2 * 4
-
-    def squared(n: int) -> torch.Tensor:  # [n, n]: (10 (w - u) - 10 shift)^2
-        i = torch.arange(n, device=device)
-        return (10 * (i[:, None] - i) - shift10) ** 2
-
+    device, shift10, k = mask.device, round(10 * shift), math.ceil(shift)
+    mask = mask.view(-1, height, width)
+    far = 4 * (10 * (height + width) + shift10) ** 2  # farther than anything
     column = torch.arange(width, device=device)
-    empty = torch.where(mask.view(-1, height, 1, width), 0, far)
-    in_row = ((squared(width) + empty) * width + column).amin(-1)  # [B, H, W]: distance * W + kept column
-    distance, kept_column = in_row // width, in_row % width
-    row = torch.arange(height, device=device)
-    source = row[:, None] * width + kept_column  # [B, H, W] raster index of the best position of each row
-    key = (squared(height)[:, :, None] + distance[:, None]) * size + source[:, None]  # [B, H, H', W]
-    return (key.amin(2) % size).flatten(1)
+    # In a row: the last kept column up to w - k, or the first one after it.
+    left = torch.where(mask, column, -1).cummax(-1).values[..., (column - k).clamp(min=0)]
+    right = torch.where(mask, column, -1).flip(-1)
+    right = torch.where(right < 0, width, right).cummin(-1).values.flip(-1)[..., (column - k + 1).clamp(0, width - 1)]
+    to_left = torch.where((column >= k) & (left >= 0), (10 * (column - left) - shift10) ** 2, far)
+    to_right = torch.where(right < width, (10 * (column - right) - shift10) ** 2, far)
+    kept_column = torch.where(to_left <= to_right, left, right)
+    distance = torch.minimum(to_left, to_right).int()
+    # In a column: rows i - k - reach + 1 to i - k + reach.
+    if reach is None or reach >= height:
+        row = torch.arange(height, device=device)
+        squared = ((10 * (row[:, None] - row) - shift10) ** 2).int()
+        best, source_row = (squared[:, :, None] + distance[:, None]).min(2)  # of equal ones the first
+        exact = torch.ones((), dtype=torch.bool, device=device)
+    else:
+        above, below = k + reach - 1, max(0, reach - k)
+        rows = F.pad(distance, (0, 0, above, below), value=far).unfold(1, above + below + 1, 1)  # [B, H, W, rows]
+        back = torch.arange(above, -below - 1, -1, device=device)
+        best, nth = (rows + ((10 * back - shift10) ** 2).int()).min(-1)
+        source_row = torch.arange(height, device=device)[:, None] - above + nth
+        source_row = source_row.clamp(0, height - 1)  # where nothing is in reach
+        exact = (best < min(10 * (above + 1) - shift10, 10 * (below + 1) + shift10) ** 2).all()
+    return (source_row * width + kept_column.gather(1, source_row)).flatten(1), exact
 
 
 def compact(mask: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -488,7 +515,7 @@ def smooth(
     """Confidence-weighted Gaussian smoothing among kept tokens (DC-DiT, step 6), fp32 [B, M, D].
 
     h_i <- p_i h_i + (1 - p_i) sum_j W_ij h_j, W_ij = exp(-d_ij^2 / 2 sigma^2) p_j with rows normalised. Done as a
-    normalised separable convolution on the grid, one small matrix product an axis: O(L (H + W)), never M x M.
+    normalised separable convolution on the grid: O(L), never M x M.
     """
     h, p = h_BMD.float(), (p_BM.float().clamp(1e-4, 1 - 1e-4) * valid)[:, :, None]
     batch, _, width = h.shape
@@ -496,15 +523,25 @@ def smooth(
     plane.scatter_add_(1, index[:, :, None].expand(-1, -1, width + 1), torch.cat([p * h, p], dim=-1))
     plane = plane.transpose(1, 2).unflatten(2, grid)
     with torch.autocast(h.device.type, enabled=False):
-        plane = _gaussian(grid[0], sigma, h.device) @ plane @ _gaussian(grid[1], sigma, h.device)
+        plane = _blur(_blur(plane, sigma).transpose(2, 3), sigma).transpose(2, 3)
     total = gather_tokens(plane.flatten(2).transpose(1, 2), index)
     return p * h + (1 - p) * total[..., :-1] / (total[..., -1:] + 1e-8)
 
 
-def _gaussian(n: int, sigma: float, device: torch.device) -> torch.Tensor:
-    """exp(-(i - j)^2 / 2 sigma^2), fp32 [n, n]."""
-    i = torch.arange(n, device=device, dtype=torch.float32)
-    return torch.exp(-((i[:, None] - i) ** 2) / (2 * sigma**2))
+def _blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Sums along the last axis [..., n] with weights exp(-d^2 / 2 sigma^2), fp32.
+
+    One matrix product; on long axes one of band after band, and weights below 1e-11 are left out.
+    """
+    n, cut = x.shape[-1], math.ceil(GAUSSIAN_CUT * sigma)
+    band = 4 * cut
+    if n <= 2 * band:
+        i = torch.arange(n, device=x.device, dtype=torch.float32)
+        return x @ torch.exp(-((i[:, None] - i) ** 2) / (2 * sigma**2))
+    i = torch.arange(band + 2 * cut, device=x.device, dtype=torch.float32)
+    weight = torch.exp(-((i[:, None] - cut - i[:band]) ** 2) / (2 * sigma**2))
+    bands = F.pad(x, (cut, cut + -n % band)).unfold(-1, band + 2 * cut, band)  # [..., bands, band + 2 cut]
+    return (bands @ weight).flatten(-2)[..., :n]
 
 
 def position_embedding(length: int, width: int, scale: float, device: torch.device) -> torch.Tensor:
@@ -666,6 +703,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         self.guide = guide
         self.set_tail_drop(tail_drop)
         self.set_lite_cfg(None)
+        self.set_tokens(None)
         self._constants: dict[tuple, torch.Tensor] = {}
 
         self.embedders = nn.ModuleList(
@@ -720,6 +758,13 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         if uncond is not None and not 0 <= uncond < 1:
             raise ValueError(f"uncond must be in [0, 1), got {uncond}")
         self.uncond_tail_drop = uncond
+
+    def set_tokens(self, tokens: int | None) -> None:
+        """Keep this many tokens of every sample from now on, the most probable ones, whatever the other budgets say
+        (None: as many as the router likes). All shapes are static then, and a forward never waits for the device."""
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        self.tokens = tokens
 
     # -- constants, made once a device --------------------------------------------------------------------------------
 
@@ -799,6 +844,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             ranking = torch.where(always, torch.inf, logit)
             natural = ranking > 0
             mask = natural
+            if self.tokens is not None:
+                tokens = min(self.tokens, size)
+                mask = most_probable(ranking.detach(), tokens)
+                return Routing(logit, probability, natural, mask, score, tokens)
             if isinstance(tail_drop, torch.Tensor) or tail_drop > 0:
                 if not isinstance(tail_drop, torch.Tensor):
                     tail_drop = torch.full((x.shape[0],), tail_drop, device=device)  # made there, not copied
@@ -900,16 +949,27 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             features = block(features, scaffold_condition)
         return features
 
-    def chunk(self, x: torch.Tensor, routing: Routing, timestep: torch.Tensor) -> Chunks:
-        """Decide who owns which position; the one host synchronisation that a ragged batch needs is here."""
+    def chunk(self, x: torch.Tensor, routing: Routing, timestep: torch.Tensor, reach: int | None = REACH) -> Chunks:
+        """Decide who owns which position; the one host synchronisation that a ragged batch needs is here.
+
+        ``reach``: see `nearest_kept`; where something lies out of it, all rows are looked at.
+        """
+        if routing.tokens is not None:
+            reach = None
         height, width = x.shape[-2:]
         patch = self.config.patch_size
         # On the teacher's grid a cell is a window. The shift is just under the window's centre, so that nothing ties.
-        owner = nearest_kept(routing.mask, height, width, max(0.0, (patch - 1) / 2 - 0.1))
+        owner, exact = nearest_kept(routing.mask, height, width, max(0.0, (patch - 1) / 2 - 0.1), reach)
         ones = torch.ones_like(owner, dtype=torch.float32)
         cell_size = torch.zeros_like(ones).scatter_add_(1, owner, ones)
         log_cell = torch.where(routing.mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0)
-        *lengths, uneven = torch.cat([routing.mask.sum(1), (log_cell != 0).any().view(1)]).tolist()
+        if routing.tokens is not None:
+            lengths, uneven = [routing.tokens] * x.shape[0], True
+        else:
+            flags = torch.stack([(log_cell != 0).any(), ~exact])
+            *lengths, uneven, inexact = torch.cat([routing.mask.sum(1), flags]).tolist()
+            if inexact:
+                return self.chunk(x, routing, timestep, reach=None)
         index, valid, slot = compact(routing.mask, max(lengths))
         owner_slot = slot.gather(1, owner)
         key_bias = None
@@ -1056,7 +1116,13 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         features = h_BLD.transpose(1, 2).unflatten(2, grid)
         routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
 
-        lengths = routing.mask.sum(1).tolist()
+        owner, exact = nearest_kept(routing.mask, height, width, 0.0, REACH if routing.tokens is None else None)
+        if routing.tokens is not None:
+            lengths = [routing.tokens] * len(x)
+        else:
+            *lengths, inexact = torch.cat([routing.mask.sum(1), ~exact[None]]).tolist()
+            if inexact:
+                owner, _ = nearest_kept(routing.mask, height, width, 0.0)
         index, valid, slot = compact(routing.mask, max(lengths))
         key_bias = None
         if sum(lengths) < valid.numel():
@@ -1065,7 +1131,6 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
         tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias, valid, lengths))
 
-        owner = nearest_kept(routing.mask, height, width, 0.0)
         p = routing.probability.gather(1, index)
         out = gather_tokens(smooth(tokens, p, index, valid, grid, c.smoothing_sigma), slot.gather(1, owner))
         out = out * _StraightThroughOne.apply(routing.selected_probability)[..., None]
