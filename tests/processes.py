@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
@@ -32,6 +33,8 @@ class Process:
         self._process = _context.Process(target=_run, args=given)
         self._process.start()
         self.pid = self._process.pid
+        while not self._files[1].exists() and self.poll() is None:  # until then it is in our group
+            time.sleep(0.001)
 
     @property
     def returncode(self) -> int | None:

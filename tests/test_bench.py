@@ -26,7 +26,7 @@ def report():
     student = ChunkedDiT(**COMMON, ratio=4.0, guide=0.0).eval()
     keep_tokens(student, 16)
     before = student.route
-    done = bench(teacher, student, Settings(batch=2, steps=2, repeats=1, tail_drops=(0.0, 0.5)))
+    done = bench(teacher, student, Settings(batch=2, steps=2, repeats=1, tail_drops=(0.0, 0.5), tokens=(5,)))
     assert student.route is before
     assert not set(PARTS[2:]) & set(student.__dict__), "the timers are gone"
     return done
@@ -36,7 +36,7 @@ def test_tokens_and_flops_are_those_of_the_calls(report):
     rows = report["variants"]
     assert {name: row["tokens"] for name, row in rows.items()} == {
         "teacher": 16, "student, ρ=0": 16, "student, ρ=0.5": 8, "teacher, guided": 16, "student, guided": 16,
-        "student, guided, Lite-CFG 0.9": 9,
+        "student, guided, Lite-CFG 0.9": 9, "student, 5 tokens": 5,
     }  # fmt: skip
     config = ChunkedDiT(**COMMON, ratio=4.0).config
     assert rows["teacher"]["flops_per_image"] == 2 * dit_flops(COMMON)
@@ -78,7 +78,8 @@ def test_command_on_a_real_export(export_dir):
     ("arguments", "says"),
     [([], "--shape"), (["--shape", "M/2"], "M/2"), (["--shape", "S/3"], "divides"), (["--shape", "S"], "XL/2"),
      (["x", "--shape", "S/2"], "either"), (["x", "--ratio", "4"], "--shape"), (["nowhere"], "nowhere"),
-     (["--shape", "S/2", "--tail-drop", "1"], "--tail-drop"), (["--shape", "S/2", "--batch", "0"], "--batch")],
+     (["--shape", "S/2", "--tail-drop", "1"], "--tail-drop"), (["--shape", "S/2", "--batch", "0"], "--batch"),
+     (["--shape", "S/2", "--tokens", "x"], "--tokens x")],
 )  # fmt: skip
 def test_bad_input(failing, arguments, says):
     assert says in failing("bench", *arguments)

@@ -31,16 +31,21 @@ def bench(
     layers: Annotated[int | None, typer.Option(help="--shape: fewer blocks than the shape has.")] = None,
     tail_drop: Annotated[str, typer.Option(metavar="ρ,ρ", help="Tail drops of the student.")] = "0,0.3,0.6",
     uncond_tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Of the unconditional half, Lite-CFG.")] = 0.9,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="M,M", help="Fixed budgets to measure too, tokens of every sample.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images at a time.")] = 1,
     steps: Annotated[int, typer.Option(help="DDIM steps of a run.")] = 4,
     repeats: Annotated[int, typer.Option(help="Rounds, after one that warms up.")] = 3,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = "fp32",
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the blocks of both.")] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the blocks of both, all of the student with --tokens.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Time teacher and student in turn: runs, FLOPs, the share of their speed-up that is real, memory, parts."""
-    drops = _parse_drops(tail_drop)
+    drops, budgets = _parse_drops(tail_drop), _parse_tokens(tokens)
     counts = {"--batch": batch, "--steps": steps, "--repeats": repeats, "--size": size, "--layers": layers}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -62,10 +67,12 @@ def bench(
         from upcycle.evaluation import bench as measuring
         from upcycle.evaluation.speed import machine
 
-        settings = measuring.Settings(batch, steps, repeats, drops, uncond_tail_drop)
+        settings = measuring.Settings(batch, steps, repeats, drops, uncond_tail_drop, budgets)
         theirs, student = _from_shape(shape, size, ratio, layers) if shape else _from_model(str(model), teacher)
         if shape and teacher:
             theirs = _teacher(teacher)
+        if budgets and max(budgets) > student.config.sample_size**2:
+            raise UpcycleError(f"--tokens {max(budgets)}: this model keeps at most {student.config.sample_size**2}")
         models = [to_device(m, device).to(torch_dtype(dtype)).eval().requires_grad_(False) for m in (theirs, student)]
         for module in (getattr(student, name) for name in student._keep_in_fp32_modules):
             if module is not None:
@@ -76,7 +83,7 @@ def bench(
     runs = len(measuring.variants_of(models[0], models[1], settings)) * (repeats + 1)
     with progress() as bar:
         task = bar.add_task("sampling runs, in turn", total=runs)
-        report = measuring.bench(*models, settings, step=lambda: bar.advance(task))
+        report = measuring.bench(*models, settings, compiled=compile_, step=lambda: bar.advance(task))
     report |= {
         "model": model or shape,
         "machine": machine(models[1].device),
@@ -96,6 +103,16 @@ def _parse_drops(text: str) -> tuple[float, ...]:
     if not all(0 <= drop < 1 for drop in drops):
         raise UpcycleError(f"--tail-drop {text} is not a list of numbers from 0 up to 1, such as 0,0.3,0.6")
     return tuple(dict.fromkeys(drops))
+
+
+def _parse_tokens(text: str | None) -> tuple[int, ...]:
+    try:
+        tokens = tuple(int(part) for part in text.split(",")) if text is not None else ()
+    except ValueError:
+        tokens = (0,)
+    if not all(n >= 1 for n in tokens):
+        raise UpcycleError(f"--tokens {text} is not a list of numbers of tokens, such as 64,128")
+    return tuple(dict.fromkeys(tokens))
 
 
 def _from_shape(shape: str, size: int, ratio: float | None, layers: int | None) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ EPILOG = """
 [bold]Examples[/bold]\n
   upcycle sample upcycle-demo/pipeline --classes 0,1,2,3 --seed 7 -o samples\n
   upcycle sample DiT-XL-2-256-dc4 --classes 207,360 --num 8 --tail-drop 0.4 -o samples\n
+  upcycle sample DiT-XL-2-256-dc4 --tokens 0:160,500:64 -o samples        # 64 at t >= 500, 160 below\n
   upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --steps 250 -o teacher\n
 """
 
@@ -28,6 +29,10 @@ def sample(
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 4.0,
     tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Share of the kept tokens to drop, 0 to 1.")] = 0.0,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="M|t:M,t:M", help="Keep M tokens of every sample instead, for each range of t if asked."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 16,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
@@ -45,6 +50,8 @@ def sample(
             raise UpcycleError(f"{name} {value} must be at least 1")
     if steps > 1000:
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
+    if tail_drop and tokens is not None:
+        raise UpcycleError("--tail-drop and --tokens are two budgets; give one of them")
     if not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
     local = os.path.exists(model)
@@ -61,6 +68,7 @@ def sample(
 
         from upcycle.models.chunked_dit import ChunkedDiT
         from upcycle.output import check_output, new_folder
+        from upcycle.sampling.budget import follow, parse_tokens
         from upcycle.sampling.draw import TokenCounter, draw
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
@@ -70,10 +78,13 @@ def sample(
         count = class_count(pipe)
         labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
         student = isinstance(pipe.transformer, ChunkedDiT)
-        if tail_drop and not student:
-            raise UpcycleError(f"{model} is a fixed-patch DiT: there is no tail to drop; leave out --tail-drop")
+        if not student and (tail_drop or tokens is not None):
+            option = "--tail-drop" if tail_drop else "--tokens"
+            raise UpcycleError(f"{model} is a fixed-patch DiT, which keeps all of its tokens; leave out {option}")
         if student:
             pipe.transformer.set_tail_drop(tail_drop)
+        if tokens is not None:
+            follow(pipe.transformer, parse_tokens(tokens, pipe.transformer.config.sample_size**2))
         to_device(pipe, device)
     pipe.set_progress_bar_config(disable=True)
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]

@@ -1,5 +1,6 @@
 """How fast a student is beside its teacher: whole sampling runs, interleaved in one process."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ class Settings:
     """How to measure.
 
     ``batch`` images at a time, ``steps`` DDIM steps a run, ``repeats`` rounds of runs after one that warms up.
-    ``tail_drops``: the student's ρ; ``uncond_tail_drop`` that of the unconditional half under Lite-CFG.
+    ``tail_drops``: the student's ρ; ``uncond_tail_drop`` that of the unconditional half under Lite-CFG; ``tokens``:
+    fixed budgets.
     """
 
     batch: int = 1
@@ -31,6 +33,7 @@ class Settings:
     repeats: int = 3
     tail_drops: tuple[float, ...] = (0.0, 0.3, 0.6)
     uncond_tail_drop: float = 0.9
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass
@@ -42,6 +45,8 @@ class Variant:
     guided: bool = False
     tail_drop: float = 0.0
     uncond_tail_drop: float | None = None
+    tokens: int | None = None
+    compiled: bool = False
     seconds: list[float] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
 
@@ -55,18 +60,28 @@ class Variant:
             return self.model(x, timestep, labels).sample
         self.model.set_tail_drop(self.tail_drop)
         self.model.set_lite_cfg(self.uncond_tail_drop)
-        out = self.model(x, timestep, labels)
+        self.model.set_tokens(self.tokens)
+        out = self._forward(x, timestep, labels)
         self.kept.append(out.routing.mask.sum(1))
         return out.sample
 
+    @functools.cached_property
+    def _forward(self) -> Callable[..., Any]:
+        """Shapes are static with a fixed budget, so that the whole forward is one graph."""
+        return torch.compile(self.model, fullgraph=True) if self.compiled and self.tokens else self.model
 
-def variants_of(teacher: DiTTransformer2DModel, student: ChunkedDiT, settings: Settings) -> list[Variant]:
-    """Teacher and student at every ρ, then both under guidance, the student with Lite-CFG too."""
+
+def variants_of(
+    teacher: DiTTransformer2DModel, student: ChunkedDiT, settings: Settings, *, compiled: bool = False
+) -> list[Variant]:
+    """Teacher and student at every ρ and fixed budget, then both under guidance, the student with Lite-CFG too."""
     plain = [Variant(f"student, ρ={rho:g}", student, tail_drop=rho) for rho in settings.tail_drops]
+    fixed = [Variant(f"student, {n} tokens", student, tokens=n, compiled=compiled) for n in settings.tokens]
     lite = f"student, guided, Lite-CFG {settings.uncond_tail_drop:g}"
     return [
         Variant("teacher", teacher),
         *plain,
+        *fixed,
         Variant("teacher, guided", teacher, guided=True),
         Variant("student, guided", student, guided=True),
         Variant(lite, student, guided=True, uncond_tail_drop=settings.uncond_tail_drop),
@@ -79,9 +94,12 @@ def bench(
     student: ChunkedDiT,
     settings: Settings,
     *,
+    compiled: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measure; both models lie on one device in one dtype. ``step`` is called after every run.
+
+    ``compiled``: compile the whole forward of fixed budgets.
 
     Returns:
         ``variants``: name -> ``ms_per_forward`` (a call of the batch; median over the rounds of the mean over a run),
@@ -92,7 +110,7 @@ def bench(
         aside where that does not see it.
     """
     device, dtype = student.device, student.dtype
-    variants = variants_of(teacher, student, settings)
+    variants = variants_of(teacher, student, settings, compiled=compiled)
     for round_ in range(settings.repeats + 1):
         for variant in variants:
             seconds = _run(variant, settings, device, dtype)
@@ -109,7 +127,9 @@ def bench(
         own["realised_share"] = own["flops_times_teacher"] / own["times_teacher"]
     parts = {}
     if student.config.scaffold == "lean":
-        parts = {f"{v.tail_drop:g}": _parts(v, settings, device, dtype) for v in variants if v.student and not v.guided}
+        plain = [v for v in variants if v.student and not v.guided and v.tokens is None]
+        parts = {f"{v.tail_drop:g}": _parts(v, settings, device, dtype) for v in plain}
+    student.set_tokens(None)
     return {"variants": results, "parts": parts, "flops_cross_check": _cross_check(variants[1], device, dtype)}
 
 
