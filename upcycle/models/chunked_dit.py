@@ -142,37 +142,47 @@ class Layout:
 
     def modulate(self, x: torch.Tensor, scale_BD: torch.Tensor, shift_BD: torch.Tensor) -> torch.Tensor:
         """x (1 + scale) + shift, with vectors per sample; may overwrite x where no gradient is asked for."""
-        if _may_overwrite():
-            for rows, scale, shift in zip(self._samples(x), 1 + scale_BD, shift_BD, strict=True):
-                torch.addcmul(shift, rows, scale, out=rows)
-            return x
+        scale_BD, lengths = 1 + scale_BD, self.known_lengths(x)
         if self.place is None:
-            return torch.addcmul(shift_BD[:, None], x, 1 + scale_BD[:, None])
-        return _Modulate.apply(x, 1 + scale_BD, shift_BD, self.place, self.longest)
+            out = x if _may_overwrite(x, scale_BD) else None
+            return torch.addcmul(shift_BD[:, None], x, scale_BD[:, None], out=out)
+        if lengths is None or not _may_overwrite(x, scale_BD):
+            return _Modulate.apply(x, scale_BD, shift_BD, self.place, self.longest, lengths)
+        for rows, scale, shift in zip(x.split(lengths), scale_BD, shift_BD, strict=True):
+            torch.addcmul(shift, rows, scale, out=rows)
+        return x
 
     def add_gated(self, hidden_states: torch.Tensor, x: torch.Tensor, gate_BD: torch.Tensor) -> torch.Tensor:
         """hidden_states + gate x, with a vector per sample; may overwrite x where no gradient is asked for."""
-        if _may_overwrite():
-            for rows, added, gate in zip(self._samples(hidden_states), self._samples(x), gate_BD, strict=True):
-                torch.addcmul(rows, added, gate, out=added)
-            return x
+        lengths = self.known_lengths(x)
         if self.place is None:
-            return torch.addcmul(hidden_states, x, gate_BD[:, None])
-        return hidden_states + _Modulate.apply(x, gate_BD, None, self.place, self.longest)
+            out = x if _may_overwrite(x, hidden_states, gate_BD) else None
+            return torch.addcmul(hidden_states, x, gate_BD[:, None], out=out)
+        if lengths is None or not _may_overwrite(x, hidden_states, gate_BD):
+            return hidden_states + _Modulate.apply(x, gate_BD, None, self.place, self.longest, lengths)
+        for rows, added, gate in zip(hidden_states.split(lengths), x.split(lengths), gate_BD, strict=True):
+            torch.addcmul(rows, added, gate, out=added)
+        return x
 
-    def _samples(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Views of the tokens of each sample, [M, D]."""
-        return x.unbind() if self.place is None else x.split(self.lengths)
+    def known_lengths(self, x: torch.Tensor) -> list[int] | None:
+        """`lengths` where going sample by sample pays; compiled graphs should not depend on them."""
+        return self.lengths if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
 
-def _may_overwrite() -> bool:
-    """Whether results may take the place of what they were made from, which saves memory and the time to get it."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _may_overwrite(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether what is made from ``x`` and the others may take its place, which saves memory and the time to get it."""
+    alike = all(other.dtype == x.dtype for other in others)  # under autocast the wider dtype is to win
+    return alike and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x + y, in the place of x where no gradient is asked for."""
-    return x.add_(y) if _may_overwrite() else x + y
+    return x.add_(y) if _may_overwrite(x, y) else x + y
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU, in the place of x where no gradient is asked for."""
+    return F.silu(x, inplace=_may_overwrite(x))
 
 
 def _pad(x_TD: torch.Tensor, place: torch.Tensor, batch: int, longest: int) -> torch.Tensor:
@@ -199,26 +209,43 @@ class _Pack(torch.autograd.Function):
 
 
 class _Modulate(torch.autograd.Function):
-    """x [T, D] times a vector per sample [B, D], plus another (or None). Keeps no vectors per token for later."""
+    """x [T, D] times a vector per sample [B, D], plus another (or None). Keeps no vectors per token for later.
+
+    Where ``lengths`` is given (a CPU) it goes sample by sample, else over vectors expanded to the tokens.
+    """
 
     @staticmethod
-    def forward(ctx, x, factor, shift, place, longest):
+    def forward(ctx, x, factor, shift, place, longest, lengths):
         ctx.save_for_backward(x, factor, place)
-        ctx.longest, ctx.shift_dtype = longest, None if shift is None else shift.dtype
-        sample = place // longest
-        out = x * factor[sample]
-        return out if shift is None else out + shift[sample]
+        ctx.longest, ctx.lengths, ctx.shift_dtype = longest, lengths, None if shift is None else shift.dtype
+        if lengths is None:
+            sample = place // longest
+            out = x * factor[sample]
+            return out if shift is None else out + shift[sample]
+        out = torch.empty_like(x, dtype=torch.result_type(x, factor))
+        for i, (rows, made) in enumerate(zip(x.split(lengths), out.split(lengths), strict=True)):
+            if shift is None:
+                torch.mul(rows, factor[i], out=made)
+            else:
+                torch.addcmul(shift[i], rows, factor[i], out=made)
+        return out
 
     @staticmethod
     def backward(ctx, gradient):
         x, factor, place = ctx.saved_tensors
+        lengths = ctx.lengths
 
         def per_sample(y: torch.Tensor) -> torch.Tensor:
-            return _pad(y, place, len(factor), ctx.longest).sum(1)
+            if lengths is None:
+                return _pad(y, place, len(factor), ctx.longest).sum(1)
+            return torch.stack([rows.sum(0) for rows in y.split(lengths)])
 
+        if lengths is None:
+            of_x = gradient * factor[place // ctx.longest]
+        else:
+            of_x = torch.cat([rows * factor[i] for i, rows in enumerate(gradient.split(lengths))])
         of_shift = None if ctx.shift_dtype is None else per_sample(gradient).to(ctx.shift_dtype)
-        of_x = (gradient * factor[place // ctx.longest]).to(x.dtype)
-        return of_x, per_sample(gradient * x).to(factor.dtype), of_shift, None, None
+        return of_x.to(x.dtype), per_sample(gradient * x).to(factor.dtype), of_shift, None, None, None
 
 
 @dataclass
@@ -264,9 +291,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) ->
     """
     if layout.place is None:
         return _attend(q, k, v, layout.key_bias)
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return attend_padded(q, k, v, layout)
-    return attend_per_sample(q, k, v, layout)
+    return (attend_per_sample if layout.known_lengths(q) else attend_padded)(q, k, v, layout)
 
 
 def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -299,7 +324,7 @@ class GELUProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.proj(x)
-        return torch.ops.aten.gelu_(h, approximate="tanh") if _may_overwrite() else F.gelu(h, approximate="tanh")
+        return torch.ops.aten.gelu_(h, approximate="tanh") if _may_overwrite(h) else F.gelu(h, approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -362,10 +387,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W], condition = SiLU(c) [B, D]."""
-        overwrite = _may_overwrite()
-        h = self.conv1(F.silu(self.norm1(x), inplace=overwrite))
+        h = self.conv1(_silu(self.norm1(x)))
         h = _add(h, self.condition(condition)[:, :, None, None])
-        return _add(self.conv2(F.silu(self.norm2(h), inplace=overwrite)), self.skip(x))
+        return _add(self.conv2(_silu(self.norm2(h))), self.skip(x))
 
 
 class RMSNorm(nn.Module):
@@ -1050,7 +1074,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             h = block(h, scaffold_condition)
         # Scaled down where x_t is noise: there the base is nearly right, and a correction could only disturb it.
         signal = self.alpha_bar(timestep).sqrt()[:, None, None, None]
-        return self.conv_out(F.silu(self.norm_correction(h), inplace=_may_overwrite())) * signal
+        return self.conv_out(_silu(self.norm_correction(h))) * signal
 
     def _move(self, x, owner, owner_slot, cell_size, index, timestep) -> torch.Tensor:
         """How far a token's input moves from its window towards its cell: k (mean over cell - mean over window).
