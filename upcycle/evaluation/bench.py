@@ -128,7 +128,10 @@ def bench(
     parts = {}
     if student.config.scaffold == "lean":
         plain = [v for v in variants if v.student and not v.guided and v.tokens is None]
-        parts = {f"{v.tail_drop:g}": _parts(v, settings, device, dtype) for v in plain}
+        for variant in plain:
+            by_part = seconds_by_part(variant, settings, device, dtype)
+            whole = sum(by_part.values())
+            parts[f"{variant.tail_drop:g}"] = {name: value / whole for name, value in by_part.items()}
     student.set_tokens(None)
     return {"variants": results, "parts": parts, "flops_cross_check": _cross_check(variants[1], device, dtype)}
 
@@ -187,7 +190,7 @@ def _result(variant: Variant, settings: Settings, device: torch.device, dtype: t
         "images_per_second": settings.batch / seconds,
         "flops_per_image": copies * settings.steps * forward,
         "tokens": tokens,
-        "peak_bytes": _peak(variant, settings, device, dtype),
+        "peak_bytes": peak_bytes(variant, settings, device, dtype),
     }
 
 
@@ -197,7 +200,7 @@ def _once(variant: Variant, settings: Settings, device: torch.device, dtype: tor
     variant.call(x, torch.full((len(x),), 500, device=device), labels)
 
 
-def _peak(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> int | None:
+def peak_bytes(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> int | None:
     """Peak bytes of a call beyond the weights; None where the device does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -216,12 +219,12 @@ def _peak(variant: Variant, settings: Settings, device: torch.device, dtype: tor
     return peak
 
 
-def _parts(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Share of a forward's time by part, over a run whose parts wait for each other."""
+def seconds_by_part(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of a run by part of a lean student, and of the rest; the parts wait for each other."""
     seconds = dict.fromkeys(PARTS, 0.0)
     with _timed(variant.model, seconds, device):
         whole = _run(variant, settings, device, dtype)
-    return {**{name: value / whole for name, value in seconds.items()}, "rest": 1 - sum(seconds.values()) / whole}
+    return {**seconds, "rest": whole - sum(seconds.values())}
 
 
 @contextmanager
