@@ -433,7 +433,7 @@ def test_sample(export_dir, pipeline_dir, failing, tmp_path):
     assert "0 to 9" in failing("sample", export_dir, "--classes=-1", *out)
     assert "goldfish" in failing("sample", export_dir, "--classes", "goldfish", *out)
     assert "less than 1" in failing("sample", export_dir, "--tail-drop", "1", *out)
-    assert "no tail" in failing("sample", pipeline_dir, "--tail-drop", "0.5", *out)
+    assert "leave out --tail-drop" in failing("sample", pipeline_dir, "--tail-drop", "0.5", *out)
     assert "at least 1" in failing("sample", export_dir, "--steps", "0", *out)
     assert "nowhere" in failing("sample", tmp_path / "nowhere", *out)
     assert "no pipeline" in failing("sample", export_dir / "transformer", *out)

@@ -231,7 +231,7 @@ def test_what_was_not_measured_is_not_claimed(digits):
     assert history["command"] in made
     assert f"upcycle {history['versions']['upcycle']}, torch {history['versions']['torch']}" in made
     assert "seed 0" in made
-    assert "about 32 of 16×16 positions (ratio 8)" in section(text, "summary")
+    assert "one of 8 of the 16×16 positions of a latent as tokens, 32 on average." in section(text, "summary")
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.e+-]+) \|$", section(text, "cost"), re.MULTILINE)
     assert [rho for rho, _ in rows] == ["0", "0.3", "0.6"]
     assert [float(value) for _, value in rows] == sorted((float(value) for _, value in rows), reverse=True)

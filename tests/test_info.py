@@ -109,8 +109,37 @@ def test_trained_export_and_table(worker, export_dir, tmp_path):
         assert part in words, part
     (tmp_path / "trained" / provenance.FILE).unlink()
     bare = worker.run("info", tmp_path / "trained")
-    assert "provenance" in bare.out
-    assert "not recorded" in bare.out
+    assert "this is from the weights' header" in bare.out
+    assert "upcycle convert" in bare.out
+
+
+def test_a_single_file(worker, export_dir, tmp_path):
+    file = tmp_path / "one.safetensors"
+    assert worker.run("export", export_dir, "--to", "single", "-o", file).code == 0
+    facts, whole = (worker.run("info", model, "--json").json for model in (file, export_dir))
+    for key in ("kind", "shape", "parameters", "ratio", "flops_per_image", "licence"):
+        assert facts[key] == whole[key], key
+    assert [event["what"] for event in facts["provenance"]["history"]] == ["convert", "export"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", 10**9), ("num_layers", True), ("ratio", "nan"), ("ratio", -1), ("sample_size", None),
+     ("sample_size", 16.5), ("tail_drop", 1.0), ("beta_end", 0), ("num_attention_heads", 10**7)],
+)  # fmt: skip
+def test_hostile_configs_end_with_a_line(worker, export_dir, tmp_path, key, value):
+    shutil.copytree(export_dir, tmp_path / "bad")
+    path = tmp_path / "bad/transformer/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert f"transformer/config.json describes no ChunkedDiT ({key} is" in worker.run("info", tmp_path / "bad").error
+
+
+def test_control_characters_do_not_reach_the_terminal(worker, export_dir, tmp_path):
+    shutil.copytree(export_dir, tmp_path / "odd")
+    now = provenance.read(tmp_path / "odd")
+    now["history"][0]["command"] = "upcycle\x1b[31m convert\nrm -rf"
+    (tmp_path / "odd" / provenance.FILE).write_text(json.dumps(now))
+    assert "\x1b" not in worker.run("info", tmp_path / "odd", "--json").out + worker.run("info", tmp_path / "odd").out
 
 
 # -- teachers ---------------------------------------------------------------------------------------------------------

@@ -623,3 +623,55 @@ def test_measure_puts_pictures_and_speed_into_the_card(hub, quick, exports, tmp_
     assert "| seconds per image | lower is better |" in card
     assert "machine " in card
     assert "torch " in card
+
+
+# -- exports of other kinds -------------------------------------------------------------------------------------------
+
+
+def test_a_variant_and_a_transformer_alone(hub, worker, exports, tmp_path):
+    """What diffusers must be asked for stands in the card; the check asks for it too."""
+    low = tmp_path / "low"
+    assert (
+        worker.run("export", exports["one"], "--to", "diffusers", "--dtype", "bf16", "--variant", "-o", low).code == 0
+    )
+    done = worker.run("push-to-hub", low, *YES)
+    assert done.code == 0, done.err
+    card = hub.repos["me/low"].files()["README.md"].decode()
+    assert 'from_pretrained("me/low", variant="bf16", trust_remote_code=True)' in card
+
+    single, alone = tmp_path / "one.safetensors", tmp_path / "alone"
+    worker.run("export", exports["one"], "--to", "single", "-o", single)
+    assert "is a file" in worker.run("push-to-hub", single, *YES).error
+    worker.run("export", single, "--to", "diffusers", "-o", alone)
+    done = worker.run("push-to-hub", alone, *YES)
+    assert done.code == 0, done.err
+    assert "The transformer alone" in hub.repos["me/alone"].files()["README.md"].decode()
+
+
+def test_without_upcycle_json_the_header_tells(hub, worker, exports, tmp_path):
+    folder = tmp_path / "headed"
+    shutil.copytree(exports["one"], folder)
+    (folder / "upcycle.json").unlink()
+    assert "non-commercial" in worker.run("push-to-hub", folder, "me/headed", "--yes").error
+    done = worker.run("push-to-hub", folder, *YES)
+    assert "upcycle.json is missing" in done.err
+    card = ModelCard(hub.repos["me/headed"].files()["README.md"].decode())
+    assert card.data.license == "cc-by-nc-4.0"
+    assert "upcycle convert" in card.text
+
+
+def test_what_is_left_out_is_named_and_a_changed_licence_too(hub, worker, quick, exports, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(exports["one"], folder)
+    for name in (".env", "notes.txt"):
+        (folder / name).write_text("TOKEN=1")
+    done = worker.run("push-to-hub", folder, *YES)
+    assert "no part of the export: .env, notes.txt" in done.err
+    repo = hub.repos["me/more"]
+    assert not {".env", "notes.txt"} & repo.files().keys()
+    edit(repo, "README.md", repo.files()["README.md"].replace(b"license: cc-by-nc-4.0", b"license: mit"))
+    again = worker.run("push-to-hub", folder, *YES)
+    assert "set back to that of the base" in again.err
+    assert b"license: cc-by-nc-4.0" in repo.files()["README.md"]
+    same = worker.run("push-to-hub", folder, *YES, "--json")
+    assert same.json["committed"] is False

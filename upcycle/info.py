@@ -9,9 +9,11 @@ from typing import Any
 from upcycle import provenance
 from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
 from upcycle.graft.plan import full_config
-from upcycle.sources import SHAPES, DCDiTConfig, DiTConfig, Source, StudentConfig, hub, open_source
+from upcycle.sources import SHAPES, DCDiTConfig, DiTConfig, StudentConfig, hub, open_source
 from upcycle.sources.diffusers_folder import licence_of
 from upcycle.sources.safetensors_file import DTYPE_NAMES
+from upcycle.sources.student import is_student, open_student
+from upcycle.sources.tensors import LazyTensor
 
 _BYTES = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
 
@@ -28,20 +30,25 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UpcycleError: nothing there, another kind of model, damaged files; see `open_source`.
     """
-    if Path(spec).expanduser().exists() or not hub.is_hub_id(spec):
+    path = Path(spec).expanduser()
+    if path.is_file() and is_student(path):
+        student = open_student(path)
+        origin = provenance.from_header(student.metadata)
+        licence = (origin or {"base": {}})["base"].get("licence")
+        return _facts(spec, StudentConfig(student.config), _headers(student.tensors), None, licence, origin)
+    if path.exists() or not hub.is_hub_id(spec):
         source = open_source(spec, revision=revision)
-        return _facts(spec, source.config, _headers(source), source.revision, source.licence, source.origin)
+        return _facts(spec, source.config, _headers(source.tensors), source.revision, source.licence, source.origin)
     seen = hub.peek(spec, revision=revision)
     origin = provenance.read(seen.folder)
+    if origin is None and isinstance(seen.layout.config, StudentConfig):
+        origin = provenance.from_header(seen.metadata or {})
     licence = (origin or {"base": {}})["base"].get("licence") or licence_of(seen.folder / "README.md")
     return _facts(spec, seen.layout.config, seen.tensors, seen.commit, licence, origin)
 
 
-def _headers(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {
-        name: (tensor.shape, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
-        for name, tensor in source.tensors.items()
-    }
+def _headers(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (tensor.shape, DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))) for name, tensor in tensors.items()}
 
 
 def _facts(

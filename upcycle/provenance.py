@@ -56,7 +56,7 @@ def extended(header: Mapping[str, str], done: dict[str, Any]) -> dict[str, str]:
 
 
 def from_header(header: Mapping[str, str]) -> dict[str, Any] | None:
-    """``base`` and ``history`` from the entries that `metadata` wrote; None where there are none.
+    """As `read`, from the entries that `metadata` wrote, without evidence and files; None where there are none.
 
     Raises:
         UpcycleError: they are damaged.
@@ -64,7 +64,7 @@ def from_header(header: Mapping[str, str]) -> dict[str, Any] | None:
     if "upcycle" not in header:
         return None
     try:
-        return _checked(header["upcycle"], _Told)
+        return {**_checked(header["upcycle"], _Told), "evidence": [], "files": {}}
     except ValueError as error:
         raise UpcycleError(f"the provenance in the header of its weights is damaged ({error})") from error
 
@@ -124,7 +124,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         UpcycleError: it is damaged.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         return parse(path.read_text())
@@ -147,7 +147,16 @@ def _checked(text: str, kind: type[BaseModel]) -> dict[str, Any]:
         raise ValueError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    return found
+    return _printable(found)
+
+
+def _printable(value: Any) -> Any:
+    """Without control characters, which strangers may have meant for a terminal."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " for c in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
 
 
 class _Part(BaseModel):
@@ -185,6 +194,8 @@ class _Event(_Part):
     options: dict[str, Any] = {}
     steps: int | None = None
     data: dict[str, Any] = {}
+    student: str | None = None
+    student_revision: str | None = None
     recipe: _Recipe | None = None
 
     @model_validator(mode="after")

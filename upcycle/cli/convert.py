@@ -83,12 +83,14 @@ def convert(
         surgery.convert(made, out, force=force, max_shard_bytes=shard_bytes, written=lambda n: bar.advance(task))
     difference = None
     if not no_verify and isinstance(opened.config, DiTConfig):
+        from upcycle import provenance
         from upcycle.graft import verify
 
         with progress() as bar:
             task = bar.add_task("comparing with the teacher", total=verify.MEASURE_STEPS)
             teacher, student = verify.load_teacher(opened), verify.load_student(out)
             difference = verify.measure_difference(teacher, student, step=lambda: bar.advance(task))
+        provenance.add_evidence(out, difference.evidence(made.exact))
     _show_result(made, out, difference, as_json)
     if difference and made.exact and not difference.equal:
         stderr.print(

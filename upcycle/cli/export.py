@@ -30,7 +30,7 @@ def export(
         Literal["single", "diffusers", "meta", "authors"],
         typer.Option(
             help="single (one safetensors file), diffusers (the folder), meta (a .pt of Meta's DiT, for fixed grids), "
-            "authors (a .pt of the DC-DiT authors' code, for the paper scaffold)."
+            "authors (a .pt of the DC-DiT authors' code, for what was made from one)."
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Output: a folder for diffusers, else a file.")],

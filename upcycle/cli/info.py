@@ -72,7 +72,8 @@ def _show(facts: dict[str, Any]) -> None:
                 "not measured" if found.get(who) is None else f"{found[who]:.4g}" for who in ("student", "teacher")
             )
             table.add_row(found["metric"], f"{student}, teacher {teacher}")
-        table.add_row("files", f"{len(origin['files'])}, each with its SHA-256 in upcycle.json")
+        hashed = f"{len(origin['files'])}, each with its SHA-256 in upcycle.json"
+        table.add_row("files", hashed if origin["files"] else "no upcycle.json: this is from the weights' header")
     elif facts["kind"] == "student":
         table.add_row("provenance", "not recorded")
     stdout.print(table, soft_wrap=False)

@@ -41,7 +41,7 @@ def push_to_hub(
         typer.Option("--trust-remote-code", help="Run the export's own code where it is not this version's."),
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="First draw samples and router maps for the card, and time them.")
+        bool, typer.Option("--measure", help="First draw samples and router maps into the export, and time them.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="Where to --measure: cpu, cuda ... Default: cuda if any.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files, sizes and the card; send nothing.")] = False,
@@ -108,7 +108,7 @@ def push_to_hub(
     finally:
         _end_bars()
     if as_json:
-        print_json({**_facts(planned), "url": url})
+        print_json({**_facts(planned), "url": url, "committed": planned.parent is None or planned.parent not in url})
         return
     stdout.print(url, style="bold")
 

@@ -19,7 +19,8 @@ def machine(device: torch.device) -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
 def keep_tokens(student: ChunkedDiT, tokens: float, *, ragged: bool = False, tail_drop: bool = True) -> None:

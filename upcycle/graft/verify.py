@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -29,6 +30,17 @@ class Difference:
     by_timestep: dict[int, float]
     tokens_kept: float
     scale: float
+
+    def evidence(self, exact: bool) -> dict[str, Any]:
+        """As `provenance.add_evidence` takes it; how far off it is by timestep where the start is not ``exact``."""
+        by_t = {} if exact else {f"relative at t={t}": f"{value:.0%}" for t, value in self.by_timestep.items()}
+        return {
+            "metric": "largest difference from its teacher's outputs",
+            "better": "lower",
+            "student": self.max_abs,
+            "teacher": None,
+            "settings": {"step": 0, "tokens_kept": round(self.tokens_kept, 1), **by_t},
+        }
 
     @property
     def equal(self) -> bool:

@@ -20,7 +20,7 @@ from upcycle.evaluation.flops import PAPER_STEPS, chunked_dit_flops, student_flo
 from upcycle.evaluation.speed import SPEED
 from upcycle.graft.export import PICTURES
 from upcycle.graft.plan import full_config
-from upcycle.hub.check import Export
+from upcycle.hub.check import Export, variant_of
 from upcycle.hub.licence import card_metadata
 from upcycle.info import trained_tail_drops
 from upcycle.sources import StudentConfig, hub
@@ -50,7 +50,7 @@ def make_card(export: Export, repo_id: str) -> Card:
     origin = export.origin or {"base": {}, "history": [], "evidence": [], "files": {}}
     sections = {
         "summary": _summary(repo_id, config, origin),
-        "use": _use(repo_id, config, export),
+        "use": _use(repo_id, config, export, variant_of(export.files)),
         "pictures": _pictures(export),
         "quality": _quality(origin["evidence"]),
         "cost": _cost(config, export, origin["evidence"]),
@@ -73,14 +73,24 @@ def _metadata(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any]
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["upcycle", "dynamic-chunking", "dit", "class-conditional"],
     }
-    if _on_hub(base):
+    if grown_from := _direct_base(origin):
         # Of the relations that the Hub knows (adapter, finetune, merge, quantized) the nearest.
-        metadata |= {"base_model": base["id"], "base_model_relation": "finetune"}
-    measured = [found for found in origin["evidence"] if found["metric"] != SPEED and found.get("student") is not None]
+        metadata |= {"base_model": grown_from, "base_model_relation": "finetune"}
+    measured = [
+        found for found in origin["evidence"] if "data" in found["settings"] and found.get("student") is not None
+    ]
     results = [_result(found) for found in measured]
     if results:
         metadata["model-index"] = [{"name": repo_id.split("/")[-1], "results": results}]
     return metadata
+
+
+def _direct_base(origin: Mapping[str, Any]) -> str | None:
+    """The student on the Hub that was trained last, else the teacher there; None where neither has been on the Hub."""
+    for event in reversed(origin["history"]):
+        if event.get("student_revision"):
+            return event["student"]
+    return origin["base"]["id"] if _on_hub(origin["base"]) else None
 
 
 def _on_hub(base: Mapping[str, Any]) -> bool:
@@ -105,16 +115,24 @@ def _summary(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any])
     if base.get("id") is None:
         name = "a DiT that its files do not name"
     grid = config["sample_size"]
-    kept = f"about {grid**2 / config['ratio']:.0f} of {grid}×{grid} positions (ratio {config['ratio']:g})"
-    state = "post-trained" if _post_trained(origin) else "not trained since its conversion"
-    return (
+    said = (
         f"# {repo_id.split('/')[-1]}\n\n"
-        f"A class-conditional Diffusion Transformer with dynamic chunking, made from {name} with "
-        f"upcycle {__version__}; {state}. An encoder and a router around the "
-        "pretrained blocks keep few tokens where the image is smooth or still noise, and many where there is detail "
-        f"(DC-DiT, [arXiv 2603.06351](https://arxiv.org/abs/2603.06351)): here {kept}. "
-        f"Scaffold: {config['scaffold']}; router: {config['router']}."
+        f"A class-conditional Diffusion Transformer with dynamic chunking, made from {name}{_state(origin)}. "
+        "An encoder and a router around the pretrained blocks can keep few tokens where the image is smooth or still "
+        "noise, and many where there is detail (DC-DiT, [arXiv 2603.06351](https://arxiv.org/abs/2603.06351)). "
+        f"The router is set to keep one of {config['ratio']:g} of the {grid}×{grid} positions of a latent as tokens, "
+        f"{grid**2 / config['ratio']:.0f} on average"
     )
+    counts = [found["settings"].get("tokens_kept") for found in origin["evidence"] if found["metric"] == SPEED]
+    said += f"; while sampling it kept {counts[-1]}." if counts and counts[-1] is not None else "."
+    return f"{said} Scaffold (encoder and decoder): {config['scaffold']}; router: {config['router']}."
+
+
+def _state(origin: Mapping[str, Any]) -> str:
+    if not origin["history"]:
+        return ""
+    trained = "post-trained" if _post_trained(origin) else "not trained since its conversion"
+    return f" with upcycle {__version__}; {trained}"
 
 
 def _name(spec: str | None) -> str:
@@ -122,23 +140,26 @@ def _name(spec: str | None) -> str:
     return (spec or "").rstrip("/").rsplit("/", 1)[-1]
 
 
-def _use(repo_id: str, config: Mapping[str, Any], export: Export) -> str:
+def _use(repo_id: str, config: Mapping[str, Any], export: Export, variant: str | None) -> str:
+    asked = f'variant="{variant}", ' if variant else ""
     if "model_index.json" not in export.files:
         return (
             "## Use\n\nThe transformer alone, without a VAE:\n\n```python\nfrom diffusers import AutoModel\n\n"
-            f'model = AutoModel.from_pretrained("{repo_id}", subfolder="transformer", trust_remote_code=True)\n```'
+            f'model = AutoModel.from_pretrained("{repo_id}", subfolder="transformer", '
+            f"{asked}trust_remote_code=True)\n```"
         )
     labels = [n for n in (207, 360) if n < config["num_classes"]] or list(range(min(2, config["num_classes"])))
     return (
         "## Use\n\n```python\n"
         "import torch\n"
         "from diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", {asked}trust_remote_code=True)\n'
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
         f"images = pipe(class_labels={labels}, num_inference_steps=50, guidance_scale=4.0).images\n"
         'images[0].save("sample.png")\n```\n\n'
         "The pipeline is diffusers' own `DiTPipeline`; the transformer's code lies beside its weights, which is why "
-        "`trust_remote_code` is needed."
+        "`trust_remote_code` is needed. (diffusers remarks on `auto_map` and on the transformer's type; both are as "
+        "they should be.)"
     )
 
 
@@ -246,14 +267,21 @@ def _limits(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
         "- What its base cannot do, or does in a biased way, this model does too: no data was checked for that.",
         f"- One size, {config['sample_size']}×{config['sample_size']} positions, and {config['num_classes']} classes, "
         "those of its base.",
-        "- Figures above hold for the settings beside them. Held-out ε-MSE is no measure of samples.",
+        "- Figures above hold for the settings beside them.",
     ]
-    if not _post_trained(origin) and origin["base"].get("kind") in ("diffusers", "meta"):
-        exact = config["scaffold"] == "lean"
-        lines += ["- It has not been post-trained: " + (
-            "its router follows the teacher's grid." if exact else "its scaffold is fresh, and it makes no images yet."
-        )]  # fmt: skip
+    if any(found["metric"].startswith("ε-MSE") for found in origin["evidence"]):
+        lines.append("- Held-out ε-MSE is no measure of samples.")
+    if origin["history"] and not _post_trained(origin) and origin["base"].get("kind") in ("diffusers", "meta"):
+        lines.append(f"- It has not been post-trained: {_untrained(config)}")
     return "\n".join(lines)
+
+
+def _untrained(config: Mapping[str, Any]) -> str:
+    if config["scaffold"] != "lean":
+        return "its scaffold is fresh, and it makes no images yet."
+    if config["ratio"] == config["patch_size"] ** 2:
+        return "it keeps its teacher's grid of tokens and computes what its teacher computes, which saves nothing yet."
+    return "its router picks tokens by rule, and what it makes is far from its teacher's images and perhaps noise."
 
 
 def _licence(licence: str | None, base: Mapping[str, Any]) -> str:
@@ -315,6 +343,15 @@ def edited_parts(card: Card, existing: str) -> list[str]:
     sections = [name for name, was in record["sections"].items() if _digest(there.get(name)) != was]
     changed = [key for key, was in record["metadata"].items() if _digest(front.get(key)) != was]
     return sections + [key for key in changed if not _relicensed(card, key)]
+
+
+def resets_licence(card: Card, existing: str) -> bool:
+    """Whether somebody has changed the licence, which `render` sets back to that of the base."""
+    front, body = _split(existing)
+    record = _record(body)
+    return record is not None and any(
+        _relicensed(card, key) and _digest(front.get(key)) != was for key, was in record["metadata"].items()
+    )
 
 
 def _relicensed(card: Card, key: str) -> bool:

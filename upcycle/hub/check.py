@@ -16,6 +16,7 @@ from upcycle.errors import UpcycleError
 from upcycle.hub import load
 from upcycle.models import chunked_dit, identity_vae
 from upcycle.sources import Source, StudentConfig, open_source
+from upcycle.sources.weight_files import pick_file, variants
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _CODE = {hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (chunked_dit, identity_vae)}
@@ -38,6 +39,8 @@ class Export:
 
 def open_export(folder: Path) -> Source:
     """The export in ``folder``, of which headers are read; raises `UpcycleError` where it is none, or damaged."""
+    if folder.is_file():
+        raise UpcycleError(f"{folder} is a file; make a folder of it with upcycle export --to diffusers, and push that")
     if not (folder / "transformer" / "config.json").is_file():
         raise UpcycleError(
             f"{folder} is no export: it lacks transformer/config.json; give what convert or finetune made"
@@ -60,21 +63,29 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
     assert isinstance(source.config, StudentConfig)
     notes = []
     present = provenance.content(folder)
-    if source.origin is None:
+    if source.origin is None or not source.origin["files"]:
         files = present
         _check_inside(folder, files)
         notes.append(
-            f"{provenance.FILE} is missing, so hashes were not checked and the card cannot say how it was made"
+            f"{provenance.FILE} is missing, so hashes were not checked and the card knows what the weights' header says"
         )
     else:
         files = [provenance.FILE, *_check_hashes(folder, source.origin["files"])]
-        if more := sorted(set(present) - set(files)):
+        if more := sorted(_others(folder) - set(files)):
             notes.append(
                 f"left out, because no part of the export: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}"
             )
     _check_code(folder, [name for name in files if name.endswith(".py")], trust_remote_code)
     _load(folder, files, source.config)
     return Export(folder, source, {name: (folder / name).stat().st_size for name in sorted(files)}, notes)
+
+
+def _others(folder: Path) -> set[str]:
+    """All files but those that git and caches keep, and the card."""
+    names = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+    skipped = {".cache", ".git", "__pycache__"}
+    kept = {name.as_posix() for name in names if not skipped & set(name.parts)}
+    return kept - {"README.md", ".gitattributes"}
 
 
 def _check_inside(folder: Path, names: Iterable[str]) -> None:
@@ -106,11 +117,18 @@ def _check_code(folder: Path, names: list[str], trust: bool) -> None:
         )
 
 
+def variant_of(files: Iterable[str]) -> str | None:
+    """The ``variant`` that diffusers must be asked for to find the weights; None for plain names."""
+    weights = [name.removeprefix("transformer/") for name in files if name.startswith("transformer/")]
+    return None if pick_file(weights, None) else next(iter(variants(weights)), None)
+
+
 def _load(folder: Path, files: list[str], config: StudentConfig) -> None:
     """Raise `UpcycleError` unless stock diffusers loads ``files`` in a process that knows nothing of ours.
 
     Nothing else of the folder is there for it, as nothing else will be for those who download.
     """
+    variant = variant_of(files)
     with tempfile.TemporaryDirectory(prefix="upcycle-check-") as modules:
         copy = Path(modules) / "export"
         for name in files:
@@ -119,12 +137,12 @@ def _load(folder: Path, files: list[str], config: StudentConfig) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "DIFFUSERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [sys.executable, "-I", load.__file__, str(copy)],
+            [sys.executable, "-I", load.__file__, str(copy), *([variant] if variant else [])],
             env=environment, cwd=modules, capture_output=True, text=True,
         )  # fmt: skip
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"])[-1]
-        raise UpcycleError(f"{folder} does not load in stock diffusers: {why[:300]}")
+        raise UpcycleError(f"{folder} does not load in stock diffusers: {why.replace(str(copy), str(folder))[:300]}")
     found = json.loads(done.stdout.splitlines()[-1])
     size = config.values["sample_size"]
     if found["shape"] != [2, config.values["out_channels"], size, size] or not found["finite"]:

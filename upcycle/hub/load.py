@@ -1,6 +1,6 @@
 """Load an export with stock diffusers and call its transformer once. Run as a script, without `upcycle`.
 
-    python load.py FOLDER        # prints one JSON object: {"pipeline", "transformer", "shape", "finite"}
+    python load.py FOLDER [VARIANT]        # prints one JSON object: {"pipeline", "transformer", "shape", "finite"}
 
 The script is how `upcycle push-to-hub` proves that an export loads for others before it is sent.
 """
@@ -17,7 +17,7 @@ class _Block(importlib.abc.MetaPathFinder):
             raise ImportError("upcycle is not importable in this process")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, variant: str | None = None) -> None:
     """Load, call with two noisy samples (one of them of the null class) and print what came out."""
     sys.meta_path.insert(0, _Block())
     import torch
@@ -25,10 +25,10 @@ def main(folder: Path) -> None:
 
     pipeline = None
     if (folder / "model_index.json").is_file():
-        pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, variant=variant, trust_remote_code=True)
         pipeline, model = type(pipe).__name__, pipe.transformer
     else:
-        model = AutoModel.from_pretrained(folder, subfolder="transformer", trust_remote_code=True)
+        model = AutoModel.from_pretrained(str(folder), subfolder="transformer", variant=variant, trust_remote_code=True)
     c = model.config
     dtype = next(model.parameters()).dtype
     x = torch.randn(2, c.in_channels, c.sample_size, c.sample_size, generator=torch.Generator().manual_seed(0))
@@ -44,4 +44,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -28,7 +28,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
-from upcycle.hub.card import Card, edited_parts, make_card, render
+from upcycle.hub.card import Card, edited_parts, make_card, render, resets_licence
 from upcycle.hub.check import Export
 from upcycle.sources.hub import causes, explain
 
@@ -78,6 +78,9 @@ def find_export(folder: Path) -> Path:
     return max(found, key=lambda path: (path / provenance.FILE).stat().st_mtime)
 
 
+_RENEW = "run `hf auth login` again, or change HF_TOKEN where that is set, which comes first"
+
+
 def default_name(export: Path) -> str:
     """The repository's name: the folder's, or that of the run around ``runs/xl4/export``."""
     path = export.resolve()
@@ -102,11 +105,11 @@ def identify() -> dict[str, Any]:
             user = HfApi().whoami()
         except HfHubHTTPError as error:
             if error.response.status_code == 401:
-                raise UpcycleError("the Hub does not know your token; run `hf auth login` again") from error
+                raise UpcycleError(f"the Hub does not know your token; {_RENEW}") from error
             raise
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise UpcycleError("your token may only read; make one with write rights and run `hf auth login` again")
+        raise UpcycleError(f"your token may only read; make one with write rights, and {_RENEW}")
     return user
 
 
@@ -193,6 +196,8 @@ def _planned(
     try:
         text = render(card, existing)
         kept = edited_parts(card, existing) if existing else []
+        if existing and resets_licence(card, existing):
+            export.notes.append("the licence in the card was changed; it is set back to that of the base")
     except UpcycleError as error:
         raise UpcycleError(f"{repo_id if there and CARD in names else local}: {error}") from error
     return Push(

@@ -11,7 +11,7 @@ from upcycle.errors import UpcycleError
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class
 from upcycle.sources import hub
-from upcycle.sources.student import load_student
+from upcycle.sources.student import is_student, load_student
 from upcycle.sources.weight_files import pick_file, read_json, variants
 
 TRANSFORMERS = {"DiTTransformer2DModel": DiTTransformer2DModel}
@@ -34,6 +34,11 @@ def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
         if not hub.is_hub_id(spec):
             raise UpcycleError(f"{spec}: no such folder, and no Hub id (owner/name) either; check it")
         folder, _ = hub.fetch(spec, revision=revision, variant=None)
+    if folder.is_file() and is_student(folder):
+        raise UpcycleError(
+            f"{spec} is a transformer in one file, without the VAE and scheduler that sampling needs; give the export "
+            "folder that it was made from"
+        )
     if not (folder / "transformer" / "config.json").is_file():
         raise UpcycleError(
             f"{spec} is no pipeline: it has no transformer/config.json; give an export or a DiT pipeline"

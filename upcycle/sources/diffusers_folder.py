@@ -12,7 +12,7 @@ from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.sources.description import DiTConfig, Source, StudentConfig, dit_shapes
 from upcycle.sources.dit_config import model_kind, read_dit_config
-from upcycle.sources.safetensors_file import read_safetensors
+from upcycle.sources.safetensors_file import read_metadata, read_safetensors
 from upcycle.sources.student import blank_student, shapes_of, student_options
 from upcycle.sources.tensors import LazyTensor, check_tensors
 from upcycle.sources.torch_file import read_torch_file
@@ -85,12 +85,15 @@ def open_folder(
             if tensor.name not in IGNORED:
                 tensors[tensor.name] = tensor
     if isinstance(config, StudentConfig):
-        shapes = shapes_of(blank_student(f"{spec}: its config", config.values))
+        shapes = shapes_of(blank_student(f"{spec}: transformer/config.json", config.values))
     else:
         shapes = dit_shapes(config, embedders=config.num_layers)
     check_tensors(spec, shapes, tensors)
     components = _components(folder) if layout.subfolder else {}
-    origin = provenance.read(folder) if student else None
+    origin = None
+    if student:
+        metadata = read_metadata(transformer / shards_of(spec, transformer, chosen)[0])
+        origin = provenance.read(folder) or provenance.from_header(metadata)
     return Source(
         "student" if student else "diffusers",
         spec,
@@ -109,7 +112,7 @@ def open_folder(
 def _read_config(spec: str, config: dict[str, Any]) -> DiTConfig | StudentConfig:
     if config.get("_class_name") != "ChunkedDiT":
         return read_dit_config(spec, config)
-    return StudentConfig(student_options(blank_student(f"{spec}: its config", config)))
+    return StudentConfig(student_options(blank_student(f"{spec}: transformer/config.json", config)))
 
 
 def list_files(spec: str, folder: Path) -> list[str]:

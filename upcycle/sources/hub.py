@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 
 from upcycle.errors import UpcycleError
 from upcycle.sources.diffusers_folder import IGNORED, Layout, identify, inside, list_files
-from upcycle.sources.safetensors_file import DTYPE_NAMES, read_safetensors
+from upcycle.sources.safetensors_file import DTYPE_NAMES, read_metadata, read_safetensors
 from upcycle.sources.weight_files import choose_file, pick_file, shards_of, variants
 
 _DESCRIPTIONS = [
@@ -75,7 +75,8 @@ def fetch(spec: str, *, revision: str | None, variant: str | None) -> tuple[Path
 class Glimpse:
     """A repository without its weights: the folder with its descriptions, what they say, and its tensors' headers.
 
-    ``tensors``: name -> (shape, safetensors' name of the dtype); None where the weights are pickles.
+    ``tensors``: name -> (shape, safetensors' name of the dtype), and the ``metadata`` of the first file; None where the
+    weights are pickles.
     """
 
     folder: Path
@@ -83,6 +84,7 @@ class Glimpse:
     layout: Layout
     tensors: dict[str, tuple[tuple[int, ...], str]] | None
     files: list[str]
+    metadata: dict[str, str] | None = None
 
 
 def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glimpse:
@@ -100,9 +102,11 @@ def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glim
     if not all(name.endswith(".safetensors") for name in files):
         return Glimpse(folder, commit, layout, None, files)
     tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    metadata: dict[str, str] | None = None
     for name in files:
         if isinstance(cached := try_to_load_from_cache(spec, name, revision=commit), str):
             there = read_safetensors(Path(cached)).values()
+            metadata = metadata or read_metadata(Path(cached))
             tensors |= {tensor.name: (tensor.shape, DTYPE_NAMES[tensor.dtype]) for tensor in there}
             continue
         try:
@@ -115,8 +119,9 @@ def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glim
                 raise
             raise mended from error
         tensors |= {tensor: (tuple(info.shape), info.dtype) for tensor, info in header.tensors.items()}
+        metadata = metadata or header.metadata
     tensors = {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
-    return Glimpse(folder, commit, layout, tensors, files)
+    return Glimpse(folder, commit, layout, tensors, files, metadata)
 
 
 def fetch_vae(spec: str) -> Path:

@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT
@@ -18,11 +19,51 @@ CONFIG_KEY = "config"
 """Under which a single file holds its model's config, in the metadata of safetensors."""
 
 
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Options(BaseModel):
+    """What a config may say, so that a corrupt one asks for nothing endless; `ChunkedDiT` has the defaults."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    num_attention_heads: Count = 1
+    attention_head_dim: Count = 1
+    in_channels: Count = 1
+    out_channels: Count = 1
+    num_layers: Annotated[int, Field(ge=1, le=1000)] = 1
+    sample_size: Annotated[int, Field(ge=1, le=10_000)] = 1
+    num_classes: Annotated[int, Field(ge=1, le=100_000_000)] = 1
+    patch_size: Annotated[int, Field(ge=1, le=1000)] = 1
+    norm_eps: Number = 1
+    num_embedders: Annotated[int, Field(ge=1, le=1000)] = 1
+    ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1
+    guide: Annotated[float, Field(allow_inf_nan=False)] = 0
+    scaffold_width: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    encoder_layers: Annotated[int, Field(ge=0, le=1000)] = 1
+    decoder_layers: Annotated[int, Field(ge=0, le=1000)] = 1
+    smoothing_sigma: Number = 1
+    condition_adaptor: bool = False
+    num_train_timesteps: Count = 1
+    beta_start: Number = 1
+    beta_end: Number = 1
+    sample_range: Number = 1
+    tail_drop: Annotated[float, Field(ge=0, lt=1)] = 0
+
+
 def blank_student(where: str, config: Mapping[str, Any]) -> ChunkedDiT:
     """The model of a student's config, on the meta device; raises `UpcycleError` where ``where`` describes none."""
     try:
+        _Options.model_validate(config)
         with torch.device("meta"):
             return ChunkedDiT.from_config(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UpcycleError(
+            f"{where} describes no ChunkedDiT ({'.'.join(map(str, first['loc']))} is {first['input']!r:.60}: "
+            f"{first['msg'][0].lower()}{first['msg'][1:]})"
+        ) from error
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UpcycleError(f"{where} describes no ChunkedDiT ({error})") from error
 

@@ -217,6 +217,14 @@ def _check_preview(recipe: Recipe, source: Source) -> None:
         )
 
 
+def _describe_student(recipe: Recipe, start: Path) -> dict[str, Any]:
+    """Which student the run began from, and its commit where that came from the Hub."""
+    if recipe.student is None:
+        return {}
+    local = Path(recipe.student).exists()
+    return {"student": recipe.student, "student_revision": None if local else start.name}
+
+
 def _check_trackers(recipe: Recipe) -> None:
     installed = {str(kind) for kind in get_available_trackers()}
     for name in recipe.trackers:
@@ -335,6 +343,7 @@ def _finetune(
             changes=trained.changes,
             data=_describe_data(recipe.data, prepared.data),
             recipe=recipe.model_dump(mode="json"),
+            **_describe_student(recipe, prepared.start),
         )
         export_student(
             trained.student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures
