@@ -46,7 +46,9 @@ def measure(side: int, batch: int, repeats: int, device: torch.device) -> dict[s
 
 
 def exponent(positions: list[int], values: list[float]) -> float:
-    """Slope of log value against log positions over the last three."""
+    """Slope of log value against log positions over the last three; NaN where there is none."""
+    if len(positions) < 2 or min(values) <= 0:
+        return math.nan
     x, y = ([math.log(v) for v in series[-3:]] for series in (positions, values))
     return statistics.linear_regression(x, y).slope
 
@@ -84,12 +86,14 @@ def main() -> None:
     options = parser.parse_args()
     device = PartialState(cpu=not torch.cuda.is_available()).device
     runs = {
-        "grids, one sample": [(side, 1) for side in options.sides],
-        "batches, 32 x 32": [(32, batch) for batch in options.batches],
+        "grids, one sample": [(side, 1) for side in sorted(options.sides)],
+        "batches, 32 x 32": [(32, batch) for batch in sorted(options.batches)],
     }
     series: dict[str, Any] = {}
     for title, shapes in runs.items():
         shapes = [(side, batch) for side, batch in shapes if side**2 * batch <= options.positions]
+        if not shapes:
+            parser.error(f"{title}: every run has more than --positions {options.positions}")
         rows = [measure(side, batch, options.repeats, device) for side, batch in shapes]
         series[title] = [side**2 * batch for side, batch in shapes], rows
     if options.json:

@@ -7,6 +7,7 @@ from the environment while libraries are imported, such as `HF_ENDPOINT`, cannot
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,8 @@ class Process:
         """Wait for the end; returns stdout and stderr."""
         self._process.join(timeout)
         if self._process.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.join()
             raise TimeoutExpired("upcycle", timeout)
         out, err = (path.read_text() for path in self._files)
         self._folder.cleanup()

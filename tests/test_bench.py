@@ -65,6 +65,17 @@ def test_our_flops_are_those_that_torch_counts(report):
     assert check["ours"] == pytest.approx(check["torch"], rel=0.01)
 
 
+def test_tokens_far_apart_are_timed_too():
+    """Where an owner lies out of the reach that is searched at first."""
+    config = {**COMMON, "sample_size": 32}
+    teacher = stock_dit(DiTConfig(**config, time_embedding="diffusers")).eval()
+    student = ChunkedDiT(**config, ratio=512.0, guide=0.0).eval()
+    keep_tokens(student, 2)
+    done = bench(teacher, student, Settings(steps=1, repeats=1, tail_drops=(0.0,)))
+    assert done["variants"]["student, ρ=0"]["tokens"] == 2
+    assert all(share >= 0 for share in done["parts"]["0"].values())
+
+
 def test_command_on_a_real_export(export_dir):
     done = run("bench", export_dir, "--steps", "1", "--repeats", "1", "--tail-drop", "0,0.4", "--json")
     found = json.loads(done.stdout)

@@ -214,6 +214,15 @@ def card_of(folder: Path, **changes) -> str:
     return render(make_card(changed, "me/digits"))
 
 
+def test_odd_histories_of_strangers(digits):
+    """Fields that are null or alone say nothing, and no text of theirs gets into the metadata."""
+    for event in ({"what": "x", "steps": None}, {"what": "x", "student_revision": "abc"},
+                  {"what": "x", "student_revision": "abc", "student": "no id: <b>"}):  # fmt: skip
+        text = card_of(digits, history=[event])
+        assert "base_model" not in text.split("---")[1]
+        assert "**x**" in section(text, "made")
+
+
 def test_what_was_not_measured_is_not_claimed(digits):
     text = card_of(digits)
     assert f"| FID | | {NOT_MEASURED} | {NOT_MEASURED} | |" in text

@@ -52,7 +52,21 @@ def test_what_lies_out_of_reach_is_told_and_found_nevertheless():
     assert torch.equal(chunks.owner, dense_nearest(mask, 32, 0.4))
 
 
-@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+def test_large_grids_do_not_overflow():
+    mask = torch.zeros(1, 2400 * 2, dtype=torch.bool)
+    mask[0, 0] = True
+    owner, exact = cd.nearest_kept(mask, 2400, 2, 0.4)
+    assert exact
+    assert not owner.any()
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8, 16, 32])
+def test_the_teachers_grid_is_within_reach(patch):
+    grid = cd.teacher_grid(64, 64, patch, torch.device("cpu"))[None]
+    assert cd.nearest_kept(grid, 64, 64, (patch - 1) / 2 - 0.1, max(cd.REACH, patch))[1]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0, 1e4])
 @pytest.mark.parametrize("length", [1, 7, 64, 65, 100, 257])
 def test_blurring_in_bands_equals_one_product(length, sigma):
     x = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(0))

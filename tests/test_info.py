@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import tiny
+import torch
 from fake_hub import FakeHub
 from safetensors import safe_open
+from safetensors.torch import load_file
 from worker import Worker
 
 from upcycle import provenance
@@ -111,6 +113,17 @@ def test_trained_export_and_table(worker, export_dir, tmp_path):
     bare = worker.run("info", tmp_path / "trained")
     assert "this is from the weights' header" in bare.out
     assert "upcycle convert" in bare.out
+
+
+def test_a_student_that_was_saved_as_bin(worker, export_dir, tmp_path):
+    shutil.copytree(export_dir, tmp_path / "bin")
+    weights = tmp_path / "bin/transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    facts = worker.run("info", tmp_path / "bin", "--json").json
+    assert facts["licence"] == "cc-by-nc-4.0"
+    (tmp_path / "bin" / provenance.FILE).unlink()
+    assert worker.run("info", tmp_path / "bin", "--json").json["provenance"] is None
 
 
 def test_a_single_file(worker, export_dir, tmp_path):

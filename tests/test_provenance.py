@@ -1,5 +1,6 @@
 """Where an export comes from: `upcycle.json`, the same in the weights' headers, and what runs add to both."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -208,6 +209,16 @@ def test_results_are_of_the_exported_step(trained, tmp_path):
     assert results.read(out, trained, 6) == results.Results()
 
 
+def test_training_a_student_without_upcycle_json_keeps_its_base(world, tmp_path):
+    """The header of its weights knows where it is from."""
+    convert(make_plan(open_source(str(world / "teacher")), Options()), tmp_path / "student")
+    base = provenance.read(tmp_path / "student")["base"]
+    (tmp_path / "student" / provenance.FILE).unlink()
+    run_here(small(world, tmp_path / "run", {"steps": 2}, student=str(tmp_path / "student"), convert={}))
+    assert provenance.read(tmp_path / "run/export")["base"] == base
+    assert base["licence"]
+
+
 def test_a_resumed_run_has_the_same_export(world, monkeypatch, tmp_path):
     """The second command makes the first one's export again, from its last checkpoint."""
     path, export = write_recipe(tmp_path / "run.yaml", world, {"steps": 3}), tmp_path / "run/export"
@@ -294,6 +305,13 @@ def test_what_strangers_write_is_checked(wrong, where):
     with pytest.raises(ValueError, match=re.escape(where)) as error:
         provenance.parse(json.dumps(GOOD | wrong))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("deep", [500, 900, 2000, 100_000])
+def test_nested_too_deeply(deep):
+    text = json.dumps({**GOOD, "more": 0})
+    with contextlib.suppress(ValueError):
+        provenance.parse(text.replace('"more": 0', f'"more": {"[" * deep}{"]" * deep}'))
 
 
 @pytest.mark.parametrize("said", ["", "{}", '{"base": {}, "history": 3}', "[" * 100_000])

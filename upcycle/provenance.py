@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import sys
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise UpcycleError(f"{path} is damaged ({error}); export the model again") from error
 
 
+def read_or_header(folder: Path, header: Mapping[str, str]) -> dict[str, Any] | None:
+    """`read`, else `from_header` of the weights' metadata."""
+    return read(folder) or from_header(header)
+
+
 def parse(text: str) -> dict[str, Any]:
     """The content of an `upcycle.json`; raises ValueError where it is not one."""
     return _checked(text, _Provenance)
@@ -141,21 +147,24 @@ def _checked(text: str, kind: type[BaseModel]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(text)
         kind.model_validate(found)
+        return _printable(found)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise ValueError(f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    return _printable(found)
+
+
+_CONTROL, _HARMLESS = ("Cc", "Cf"), "\n\t\u200c\u200d"  # the last two join letters in some languages
 
 
 def _printable(value: Any) -> Any:
-    """Without control characters, which strangers may have meant for a terminal."""
+    """Without control characters, which strangers may have meant for a terminal; keys, such as names of files, stay."""
     if isinstance(value, str):
-        return "".join(c if c.isprintable() else " " for c in value)
+        return "".join(" " if unicodedata.category(c) in _CONTROL and c not in _HARMLESS else c for c in value)
     if isinstance(value, dict):
-        return {_printable(key): _printable(item) for key, item in value.items()}
+        return {key: _printable(item) for key, item in value.items()}
     return [_printable(item) for item in value] if isinstance(value, list) else value
 
 

@@ -18,6 +18,9 @@ Speed hardly depends on weights: --shape takes random ones, with a router that k
 """
 
 
+MOST_BUDGETS = 6  # torch compiles a function for eight kinds of arguments at most
+
+
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="An export, or the Hub id of one.")] = None,
     shape: Annotated[
@@ -110,8 +113,8 @@ def _parse_tokens(text: str | None) -> tuple[int, ...]:
         tokens = tuple(int(part) for part in text.split(",")) if text is not None else ()
     except ValueError:
         tokens = (0,)
-    if not all(n >= 1 for n in tokens):
-        raise UpcycleError(f"--tokens {text} is not a list of numbers of tokens, such as 64,128")
+    if not all(n >= 1 for n in tokens) or len(tokens) > MOST_BUDGETS:
+        raise UpcycleError(f"--tokens {text} is not a list of up to {MOST_BUDGETS} numbers of tokens, such as 64,128")
     return tuple(dict.fromkeys(tokens))
 
 

@@ -43,7 +43,7 @@ def export_folder(
         tensors, metadata = _weights(source / "vae")
         components["vae"] = reused(tensors, dtype), metadata
     size = sum(nbytes(piece) for pieces, _ in components.values() for piece in pieces.values())
-    origin = provenance.read(source) if source.is_dir() else provenance.from_header(student.metadata)
+    origin = provenance.read_or_header(source, student.metadata)
     done = provenance.event("export", dtype=dtype_name(dtype), variant=variant)
     sha256: dict[str, str] = {}
     with new_folder(out, force, bytes_needed=size, keep=(source,)) as folder:

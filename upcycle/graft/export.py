@@ -11,6 +11,7 @@ from upcycle.graft.pieces import FreshTensor
 from upcycle.graft.writer import Piece, write_weights
 from upcycle.models import chunked_dit
 from upcycle.output import new_folder
+from upcycle.sources.student import open_student
 
 PICTURES = "images"
 
@@ -29,7 +30,8 @@ def export_student(
     ``event`` joins the history of ``start``, ``evidence`` is what was measured (`upcycle.provenance`), ``pictures`` are
     copied into ``images/``. An earlier export in ``out`` is replaced once the new one is complete.
     """
-    before = provenance.read(start) or {"base": {"id": None, "kind": None, "revision": None, "licence": None}}
+    before = provenance.read_or_header(start, open_student(start).metadata)
+    before = before or {"base": {"id": None, "kind": None, "revision": None, "licence": None}}
     base, history = before["base"], [*before.get("history", []), event]
     with new_folder(out, force=True, keep=(start,)) as folder:
         transformer = folder / "transformer"

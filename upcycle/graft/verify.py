@@ -15,6 +15,7 @@ from upcycle.sources.student import load_student
 __all__ = ["Difference", "load_student", "load_teacher", "measure_difference", "stock_dit"]
 
 EXACT_TOLERANCE = 1e-5
+DISTANCE = "largest difference from its teacher's outputs"
 TIMESTEPS = (999, 960, 800, 600, 400, 200, 40, 0)
 
 
@@ -35,7 +36,7 @@ class Difference:
         """As `provenance.add_evidence` takes it; how far off it is by timestep where the start is not ``exact``."""
         by_t = {} if exact else {f"relative at t={t}": f"{value:.0%}" for t, value in self.by_timestep.items()}
         return {
-            "metric": "largest difference from its teacher's outputs",
+            "metric": DISTANCE,
             "better": "lower",
             "student": self.max_abs,
             "teacher": None,

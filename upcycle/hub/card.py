@@ -20,6 +20,7 @@ from upcycle.evaluation.flops import PAPER_STEPS, chunked_dit_flops, student_flo
 from upcycle.evaluation.speed import SPEED
 from upcycle.graft.export import PICTURES
 from upcycle.graft.plan import full_config
+from upcycle.graft.verify import DISTANCE, EXACT_TOLERANCE
 from upcycle.hub.check import Export, variant_of
 from upcycle.hub.licence import card_metadata
 from upcycle.info import trained_tail_drops
@@ -88,7 +89,7 @@ def _metadata(repo_id: str, config: Mapping[str, Any], origin: Mapping[str, Any]
 def _direct_base(origin: Mapping[str, Any]) -> str | None:
     """The student on the Hub that was trained last, else the teacher there; None where neither has been on the Hub."""
     for event in reversed(origin["history"]):
-        if event.get("student_revision"):
+        if event.get("student_revision") and hub.is_hub_id(str(event.get("student"))):
             return event["student"]
     return origin["base"]["id"] if _on_hub(origin["base"]) else None
 
@@ -191,6 +192,8 @@ def _measured(found: Mapping[str, Any]) -> str:
     student, teacher = (
         NOT_MEASURED if found.get(who) is None else f"{found[who]:.4g}" for who in ("student", "teacher")
     )
+    if found["metric"] == DISTANCE:
+        teacher = "0"
     cells = (found["metric"], f"{found['better']} is better", student, teacher, settings)
     return f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in cells)} |"
 
@@ -245,7 +248,7 @@ def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
         lines += ["```bash", event["command"], "```"] if event.get("command") else ["called from Python"]
         if options := {key: value for key, value in event.get("options", {}).items() if value is not None}:
             lines += ["", f"With {', '.join(f'{key} {value}' for key, value in options.items())}."]
-        if "steps" in event:
+        if event.get("steps") is not None:
             recipe, data = event["recipe"], event.get("data", {"data": event["recipe"]["data"]})
             stated = ", ".join(f"{key} {value}" for key, value in data.items() if not isinstance(value, dict))
             lines += [
@@ -256,7 +259,8 @@ def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
             lines += ["", "<details><summary>recipe</summary>", "", "```yaml", text.rstrip(), "```", "", "</details>"]
     if not origin["history"]:
         lines += ["", "Not recorded."]
-    lines += ["", "`upcycle.json` holds this and the SHA-256 of every file; `upcycle info` shows it."]
+    if origin["files"]:
+        lines += ["", "`upcycle.json` holds this and the SHA-256 of every file; `upcycle info` shows it."]
     return "\n".join(lines)
 
 
@@ -272,14 +276,15 @@ def _limits(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     if any(found["metric"].startswith("ε-MSE") for found in origin["evidence"]):
         lines.append("- Held-out ε-MSE is no measure of samples.")
     if origin["history"] and not _post_trained(origin) and origin["base"].get("kind") in ("diffusers", "meta"):
-        lines.append(f"- It has not been post-trained: {_untrained(config)}")
+        lines.append(f"- It has not been post-trained: {_untrained(config, origin)}")
     return "\n".join(lines)
 
 
-def _untrained(config: Mapping[str, Any]) -> str:
+def _untrained(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     if config["scaffold"] != "lean":
         return "its scaffold is fresh, and it makes no images yet."
-    if config["ratio"] == config["patch_size"] ** 2:
+    start = [found["student"] for found in origin["evidence"] if found["metric"] == DISTANCE]
+    if start and start[-1] is not None and start[-1] <= EXACT_TOLERANCE:
         return "it keeps its teacher's grid of tokens and computes what its teacher computes, which saves nothing yet."
     return "its router picks tokens by rule, and what it makes is far from its teacher's images and perhaps noise."
 

@@ -63,18 +63,18 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
     assert isinstance(source.config, StudentConfig)
     notes = []
     present = provenance.content(folder)
-    if source.origin is None or not source.origin["files"]:
+    if not (folder / provenance.FILE).exists():
         files = present
         _check_inside(folder, files)
         notes.append(
-            f"{provenance.FILE} is missing, so hashes were not checked and the card knows what the weights' header says"
+            f"{provenance.FILE} is missing: all files were taken for parts of the export, hashes were not checked, and "
+            "the card knows what the weights' header says"
         )
     else:
+        assert source.origin is not None
         files = [provenance.FILE, *_check_hashes(folder, source.origin["files"])]
-        if more := sorted(_others(folder) - set(files)):
-            notes.append(
-                f"left out, because no part of the export: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}"
-            )
+    if more := sorted(_others(folder) - set(files)):
+        notes.append(f"left out, because no part of the export: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}")
     _check_code(folder, [name for name in files if name.endswith(".py")], trust_remote_code)
     _load(folder, files, source.config)
     return Export(folder, source, {name: (folder / name).stat().st_size for name in sorted(files)}, notes)

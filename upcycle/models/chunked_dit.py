@@ -170,7 +170,10 @@ class Layout:
 
 
 def _may_overwrite(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether what is made from ``x`` and the others may take its place, which saves memory and the time to get it."""
+    """Whether what is made from ``x`` and the others may take its place, which saves memory and the time to get it.
+
+    So without gradients a forward hook of a layer inside must clone an output that it wants to keep.
+    """
     alike = all(other.dtype == x.dtype for other in others)  # under autocast the wider dtype is to win
     return alike and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -498,18 +501,20 @@ def nearest_kept(
     to_left = torch.where((column >= k) & (left >= 0), (10 * (column - left) - shift10) ** 2, far)
     to_right = torch.where(right < width, (10 * (column - right) - shift10) ** 2, far)
     kept_column = torch.where(to_left <= to_right, left, right)
-    distance = torch.minimum(to_left, to_right).int()
+    distance = torch.minimum(to_left, to_right)
+    if far + (10 * height + shift10) ** 2 < 2**31:  # half the memory
+        distance = distance.int()
     # In a column: rows i - k - reach + 1 to i - k + reach.
     if reach is None or reach >= height:
         row = torch.arange(height, device=device)
-        squared = ((10 * (row[:, None] - row) - shift10) ** 2).int()
+        squared = ((10 * (row[:, None] - row) - shift10) ** 2).to(distance.dtype)
         best, source_row = (squared[:, :, None] + distance[:, None]).min(2)  # of equal ones the first
         exact = torch.ones((), dtype=torch.bool, device=device)
     else:
         above, below = k + reach - 1, max(0, reach - k)
         rows = F.pad(distance, (0, 0, above, below), value=far).unfold(1, above + below + 1, 1)  # [B, H, W, rows]
         back = torch.arange(above, -below - 1, -1, device=device)
-        best, nth = (rows + ((10 * back - shift10) ** 2).int()).min(-1)
+        best, nth = (rows + ((10 * back - shift10) ** 2).to(distance.dtype)).min(-1)
         source_row = torch.arange(height, device=device)[:, None] - above + nth
         source_row = source_row.clamp(0, height - 1)  # where nothing is in reach
         exact = (best < min(10 * (above + 1) - shift10, 10 * (below + 1) + shift10) ** 2).all()
@@ -583,7 +588,8 @@ def _blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
     One matrix product, on long axes one of band after band. (Left in, the smallest weights are denormal numbers, which
     made the product sixty times slower on a CPU.)
     """
-    n, cut = x.shape[-1], math.ceil(GAUSSIAN_CUT * sigma)
+    n = x.shape[-1]
+    cut = min(n, math.ceil(GAUSSIAN_CUT * sigma))
     band = n if n <= 8 * cut else 4 * cut
     distance = torch.arange(-cut, band + cut, device=x.device)[:, None] - torch.arange(band, device=x.device)
     weight = torch.exp(-(distance.float() ** 2) / (2 * sigma**2)).masked_fill(distance.abs() > cut, 0.0)
@@ -998,27 +1004,20 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             features = block(features, scaffold_condition)
         return features
 
-    def chunk(self, x: torch.Tensor, routing: Routing, timestep: torch.Tensor, reach: int | None = REACH) -> Chunks:
-        """Decide who owns which position; the one host synchronisation that a ragged batch needs is here.
-
-        ``reach``: see `nearest_kept`; where something lies out of it, all rows are looked at.
-        """
-        if routing.tokens is not None:
-            reach = None
-        height, width = x.shape[-2:]
+    def chunk(self, x: torch.Tensor, routing: Routing, timestep: torch.Tensor) -> Chunks:
+        """Decide who owns which position; the one host synchronisation that a ragged batch needs is here."""
         patch = self.config.patch_size
-        # On the teacher's grid a cell is a window. The shift is just under the window's centre, so that nothing ties.
-        owner, exact = nearest_kept(routing.mask, height, width, max(0.0, (patch - 1) / 2 - 0.1), reach)
-        ones = torch.ones_like(owner, dtype=torch.float32)
-        cell_size = torch.zeros_like(ones).scatter_add_(1, owner, ones)
-        log_cell = torch.where(routing.mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0)
         if routing.tokens is not None:
+            owner, cell_size, log_cell, _ = self._cells(routing.mask, x.shape[-2:], None)
             lengths, uneven = [routing.tokens] * x.shape[0], True
         else:
-            flags = torch.stack([(log_cell != 0).any(), ~exact])
-            *lengths, uneven, inexact = torch.cat([routing.mask.sum(1), flags]).tolist()
-            if inexact:
-                return self.chunk(x, routing, timestep, reach=None)
+            reach = max(REACH, patch)  # a cell of the teacher's grid is within
+            owner, cell_size, log_cell, exact = self._cells(routing.mask, x.shape[-2:], reach)
+            flags = torch.stack([(log_cell != 0).any(), exact])
+            *lengths, uneven, found = torch.cat([routing.mask.sum(1), flags]).tolist()
+            if not found:
+                owner, cell_size, log_cell, _ = self._cells(routing.mask, x.shape[-2:], None)
+                uneven = True
         index, valid, slot = compact(routing.mask, max(lengths))
         owner_slot = slot.gather(1, owner)
         key_bias = None
@@ -1026,6 +1025,16 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             key_bias = log_cell.gather(1, index).masked_fill(~valid, -torch.inf)
         move = self._move(x, owner, owner_slot, cell_size, index, timestep)
         return Chunks(lengths, index, valid, owner, owner_slot, key_bias, move)
+
+    def _cells(self, mask: torch.Tensor, grid: tuple[int, int], reach: int | None) -> tuple[torch.Tensor, ...]:
+        """Each position's owner [B, L], positions owned [B, L], the log of that beside a window's, and `nearest_kept`'s
+        word on the owners."""
+        patch = self.config.patch_size
+        # On the teacher's grid a cell is a window. The shift is just under the window's centre, so that nothing ties.
+        owner, exact = nearest_kept(mask, *grid, max(0.0, (patch - 1) / 2 - 0.1), reach)
+        ones = torch.ones_like(owner, dtype=torch.float32)
+        cell_size = torch.zeros_like(ones).scatter_add_(1, owner, ones)
+        return owner, cell_size, torch.where(mask, cell_size.clamp(min=1).log() - math.log(patch**2), 0.0), exact
 
     def embed_tokens(self, x: torch.Tensor, features: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         """The teacher's embedding of each window, moved towards its cell's mean, plus a learned part, [B, M, D]."""

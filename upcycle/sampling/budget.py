@@ -30,7 +30,8 @@ def parse_tokens(text: str, positions: int) -> Schedule:
 def follow(transformer: torch.nn.Module, schedule: Schedule) -> torch.utils.hooks.RemovableHandle | None:
     """Keep the tokens of ``schedule`` in every call of a `ChunkedDiT`; returns the hook that looks at t, if one must.
 
-    That reads one timestep of the batch on the host, which a single number of tokens does not need.
+    That reads one timestep of the batch on the host, which a single number of tokens does not need. Pipelines pass
+    ``timestep`` by keyword, and so must other callers; ``set_tokens(None)`` ends the budget.
     """
     transformer.set_tokens(schedule[0][1])
     if len(schedule) == 1:

@@ -92,8 +92,9 @@ def open_folder(
     components = _components(folder) if layout.subfolder else {}
     origin = None
     if student:
-        metadata = read_metadata(transformer / shards_of(spec, transformer, chosen)[0])
-        origin = provenance.read(folder) or provenance.from_header(metadata)
+        first = shards_of(spec, transformer, chosen)[0]
+        header = read_metadata(transformer / first) if first.endswith(".safetensors") else {}
+        origin = provenance.read_or_header(folder, header)
     return Source(
         "student" if student else "diffusers",
         spec,

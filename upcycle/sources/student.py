@@ -43,7 +43,7 @@ class _Options(BaseModel):
     scaffold_width: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     encoder_layers: Annotated[int, Field(ge=0, le=1000)] = 1
     decoder_layers: Annotated[int, Field(ge=0, le=1000)] = 1
-    smoothing_sigma: Number = 1
+    smoothing_sigma: Annotated[float, Field(ge=1e-3, le=1e4)] = 1
     condition_adaptor: bool = False
     num_train_timesteps: Count = 1
     beta_start: Number = 1

@@ -221,8 +221,8 @@ def _describe_student(recipe: Recipe, start: Path) -> dict[str, Any]:
     """Which student the run began from, and its commit where that came from the Hub."""
     if recipe.student is None:
         return {}
-    local = Path(recipe.student).exists()
-    return {"student": recipe.student, "student_revision": None if local else start.name}
+    fetched = start != Path(recipe.student)  # into the cache, where a folder is called like its commit
+    return {"student": recipe.student, "student_revision": start.name if fetched else None}
 
 
 def _check_trackers(recipe: Recipe) -> None:
