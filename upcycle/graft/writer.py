@@ -3,9 +3,7 @@
 import hashlib
 import json
 import struct
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
@@ -57,9 +55,9 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
     head = struct.pack("<Q", len(text)) + text
-    with path.open("wb", buffering=0) as file, _Digest() as digest:
+    digest = hashlib.sha256(head)
+    with path.open("wb", buffering=0) as file:
         file.write(head)
-        digest.update(head)
         for name, piece in ordered:
             size = 0
             for chunk in piece.chunks(buffer):
@@ -67,41 +65,17 @@ def write_safetensors(
                 size += chunk.numel() * chunk.itemsize
                 if chunk.numel():
                     data = memoryview(chunk.view(torch.uint8).numpy())
-                    digest.update(data)
+                    digest.update(data)  # while it is in the cache; in a thread it took longer (docs/log.md)
                     _write(file, data)
             assert size == nbytes(piece), name
             written(size)
-        return digest.hex()
+    return digest.hexdigest()
 
 
 def _write(file: RawIOBase, data: memoryview) -> None:
     """Write all of ``data``: raw files may write less than they are given, and large writes are slow (docs/log.md)."""
     while data:
         data = data[file.write(data[:BUFFER_BYTES]) :]
-
-
-class _Digest:
-    """SHA-256 in a thread of its own, of data that the caller may overwrite: hashing would cost a third of a write."""
-
-    def __enter__(self) -> "_Digest":
-        self._sha = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def update(self, data: bytes | memoryview) -> None:
-        for start in range(0, len(data), BUFFER_BYTES):
-            self._waiting.append(self._thread.submit(self._sha.update, bytes(data[start : start + BUFFER_BYTES])))
-            if len(self._waiting) > 4:  # pieces in memory
-                self._waiting.popleft().result()
-
-    def hex(self) -> str:
-        while self._waiting:
-            self._waiting.popleft().result()
-        return self._sha.hexdigest()
 
 
 def write_weights(

@@ -1044,8 +1044,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         windows = windows + chunks.move[..., None].to(x.dtype)
         embed = self.pos_embed["proj"]
         tokens = F.linear(windows.flatten(2), embed.weight.flatten(1), embed.bias)
-        tokens = tokens + self.widen(gather_tokens(features.flatten(2).transpose(1, 2), chunks.index))
-        return tokens + self.positions(chunks.index, x.shape[-2:]).to(tokens.dtype)
+        tokens = _add(tokens, self.widen(gather_tokens(features.flatten(2).transpose(1, 2), chunks.index)))
+        return _add(tokens, self.positions(chunks.index, x.shape[-2:]).to(tokens.dtype))
 
     def head(
         self, tokens: torch.Tensor, condition: torch.Tensor, chunks: Chunks, timestep: torch.Tensor
@@ -1054,7 +1054,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         c = self.config
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         shift, scale = self.proj_out_1(condition)[:, None].chunk(2, dim=-1)
-        entries = self.proj_out_2(tokens * (1 + scale) + shift).unflatten(-1, (c.patch_size**2, c.out_channels))
+        tokens = torch.addcmul(shift, tokens, 1 + scale, out=tokens if _may_overwrite(tokens, scale) else None)
+        entries = self.proj_out_2(tokens).unflatten(-1, (c.patch_size**2, c.out_channels))
         # The token spoke of its input after the move towards the cell: the same x0 estimate, in terms of x_t itself.
         noise = (1 - self.alpha_bar(timestep)).sqrt()[:, None, None]
         return entries.float() - F.pad(chunks.move / noise, (0, c.out_channels - c.in_channels))[:, :, None]
