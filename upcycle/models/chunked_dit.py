@@ -144,24 +144,22 @@ class Layout:
         """x (1 + scale) + shift, with vectors per sample; may overwrite x where no gradient is asked for."""
         scale_BD, lengths = 1 + scale_BD, self.known_lengths(x)
         if self.place is None:
-            out = x if _may_overwrite(x, scale_BD) else None
-            return torch.addcmul(shift_BD[:, None], x, scale_BD[:, None], out=out)
+            return _add(_multiply(x, scale_BD[:, None]), shift_BD[:, None])
         if lengths is None or not _may_overwrite(x, scale_BD):
             return _Modulate.apply(x, scale_BD, shift_BD, self.place, self.longest, lengths)
         for rows, scale, shift in zip(x.split(lengths), scale_BD, shift_BD, strict=True):
-            torch.addcmul(shift, rows, scale, out=rows)
+            rows.mul_(scale).add_(shift)
         return x
 
     def add_gated(self, hidden_states: torch.Tensor, x: torch.Tensor, gate_BD: torch.Tensor) -> torch.Tensor:
         """hidden_states + gate x, with a vector per sample; may overwrite x where no gradient is asked for."""
         lengths = self.known_lengths(x)
         if self.place is None:
-            out = x if _may_overwrite(x, hidden_states, gate_BD) else None
-            return torch.addcmul(hidden_states, x, gate_BD[:, None], out=out)
+            return _add(_multiply(x, gate_BD[:, None]), hidden_states)
         if lengths is None or not _may_overwrite(x, hidden_states, gate_BD):
             return hidden_states + _Modulate.apply(x, gate_BD, None, self.place, self.longest, lengths)
         for rows, added, gate in zip(hidden_states.split(lengths), x.split(lengths), gate_BD, strict=True):
-            torch.addcmul(rows, added, gate, out=added)
+            added.mul_(gate).add_(rows)
         return x
 
     def known_lengths(self, x: torch.Tensor) -> list[int] | None:
@@ -178,9 +176,17 @@ def _may_overwrite(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return alike and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+# A product and a sum, and no torch.addcmul, which rounds once: the teacher's bits are to come out.
+
+
 def _add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x + y, in the place of x where no gradient is asked for."""
     return x.add_(y) if _may_overwrite(x, y) else x + y
+
+
+def _multiply(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x y, in the place of x where no gradient is asked for."""
+    return x.mul_(y) if _may_overwrite(x, y) else x * y
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:
@@ -227,10 +233,9 @@ class _Modulate(torch.autograd.Function):
             return out if shift is None else out + shift[sample]
         out = torch.empty_like(x, dtype=torch.result_type(x, factor))
         for i, (rows, made) in enumerate(zip(x.split(lengths), out.split(lengths), strict=True)):
-            if shift is None:
-                torch.mul(rows, factor[i], out=made)
-            else:
-                torch.addcmul(shift[i], rows, factor[i], out=made)
+            torch.mul(rows, factor[i], out=made)
+            if shift is not None:
+                made.add_(shift[i])
         return out
 
     @staticmethod
@@ -1054,7 +1059,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         c = self.config
         tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         shift, scale = self.proj_out_1(condition)[:, None].chunk(2, dim=-1)
-        tokens = torch.addcmul(shift, tokens, 1 + scale, out=tokens if _may_overwrite(tokens, scale) else None)
+        tokens = _add(_multiply(tokens, 1 + scale), shift)
         entries = self.proj_out_2(tokens).unflatten(-1, (c.patch_size**2, c.out_channels))
         # The token spoke of its input after the move towards the cell: the same x0 estimate, in terms of x_t itself.
         noise = (1 - self.alpha_bar(timestep)).sqrt()[:, None, None]
