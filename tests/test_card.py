@@ -214,6 +214,19 @@ def card_of(folder: Path, **changes) -> str:
     return render(make_card(changed, "me/digits"))
 
 
+@pytest.mark.parametrize(
+    ("exact", "says"),
+    [(True, "computes what its teacher computes"), (False, "far from its teacher's"), (None, "by rule.")],
+)
+def test_what_an_untrained_model_is(digits, exact, says):
+    """Known from the conversion itself, also where it was not verified."""
+    history = open_source(str(digits)).origin["history"]
+    assert history[0]["exact"] is False, "at ratio 8"
+    limits = section(card_of(digits, history=[{**history[0], "exact": exact}], evidence=[]), "limits")
+    assert f"has not been post-trained: {'its' if not exact else 'it'}" in limits
+    assert says in limits
+
+
 def test_odd_histories_of_strangers(digits):
     """Fields that are null or alone say nothing, and no text of theirs gets into the metadata."""
     for event in ({"what": "x", "steps": None}, {"what": "x", "student_revision": "abc"},

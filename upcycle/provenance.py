@@ -205,6 +205,7 @@ class _Event(_Part):
     data: dict[str, Any] = {}
     student: str | None = None
     student_revision: str | None = None
+    exact: bool | None = None
     recipe: _Recipe | None = None
 
     @model_validator(mode="after")

@@ -23,13 +23,13 @@ def machine(device: torch.device) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
 
 
-def keep_tokens(student: ChunkedDiT, tokens: float, *, ragged: bool = False, tail_drop: bool = True) -> None:
-    """Let the router keep ``tokens`` a sample, evenly spread, and drop the tail of that (if ``tail_drop``).
+def keep_tokens(student: ChunkedDiT, tokens: float, *, ragged: bool = False) -> None:
+    """Let the router keep ``tokens`` a sample, evenly spread, and drop the tail of that.
 
     A router that has not learned keeps what it likes, which is not what anything will cost; what it computes is still
     computed. ``ragged``: from half as many tokens to half as many more over a batch of three or more, as a learned one.
     """
-    decide, drop = student.route, tail_drop
+    decide = student.route
 
     def route(
         features: torch.Tensor,
@@ -44,8 +44,7 @@ def keep_tokens(student: ChunkedDiT, tokens: float, *, ragged: bool = False, tai
         share = torch.ones(batch, device=x.device)
         if ragged and batch > 2:
             share = torch.linspace(0.5, 1.5, batch, device=x.device)
-        if drop:
-            share = share * (1 - torch.as_tensor(tail_drop, device=x.device, dtype=torch.float32))
+        share = share * (1 - torch.as_tensor(tail_drop, device=x.device, dtype=torch.float32))
         count = (tokens * share).round().clamp(1, size).long()[:, None]
         if routing.tokens is not None:
             count = torch.full_like(count, routing.tokens)

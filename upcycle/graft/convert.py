@@ -104,6 +104,7 @@ def _origin(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     done = provenance.event("convert", source=source.spec, revision=source.revision, options=vars(plan.options))
     if before:
         return before["base"], [*before["history"], done]
+    done["exact"] = plan.exact
     base = {"id": source.spec, "kind": source.kind, "revision": source.revision, "licence": source.licence}
     return base, [done]
 

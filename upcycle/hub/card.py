@@ -20,7 +20,7 @@ from upcycle.evaluation.flops import PAPER_STEPS, chunked_dit_flops, student_flo
 from upcycle.evaluation.speed import SPEED
 from upcycle.graft.export import PICTURES
 from upcycle.graft.plan import full_config
-from upcycle.graft.verify import DISTANCE, EXACT_TOLERANCE
+from upcycle.graft.verify import DISTANCE
 from upcycle.hub.check import Export, variant_of
 from upcycle.hub.licence import card_metadata
 from upcycle.info import trained_tail_drops
@@ -283,8 +283,10 @@ def _limits(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
 def _untrained(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     if config["scaffold"] != "lean":
         return "its scaffold is fresh, and it makes no images yet."
-    start = [found["student"] for found in origin["evidence"] if found["metric"] == DISTANCE]
-    if start and start[-1] is not None and start[-1] <= EXACT_TOLERANCE:
+    exact = [event["exact"] for event in origin["history"] if event.get("exact") is not None]
+    if not exact:
+        return "its router picks tokens by rule."
+    if exact[0]:  # a later conversion copies the student
         return "it keeps its teacher's grid of tokens and computes what its teacher computes, which saves nothing yet."
     return "its router picks tokens by rule, and what it makes is far from its teacher's images and perhaps noise."
 

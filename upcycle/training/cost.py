@@ -233,8 +233,8 @@ def _activations(recipe: Recipe, config: dict[str, Any]) -> float:
 
 def _kept_by_autograd(recipe: Recipe, config: dict[str, Any], layers: int, tokens: int) -> float:
     """Bytes for a sample in a model of so many blocks: what two samples need beyond one, so that weights drop out."""
-    model = ChunkedDiT(**{**config, "num_layers": layers, "num_embedders": 1})
-    keep_tokens(model, tokens, ragged=True, tail_drop=False)
+    model = ChunkedDiT(**{**config, "num_layers": layers, "num_embedders": 1, "tail_drop": 0.0})
+    keep_tokens(model, tokens, ragged=True)
     side, sizes = config["sample_size"], []
     for batch in (1, 2):
         seen: dict[int, int] = {}
@@ -300,7 +300,7 @@ def _time(
     decide, times = student.route, []
     for stage, told in zip(recipe.stages, stages, strict=True):
         student.route = decide
-        keep_tokens(student, told["tokens_per_sample"], ragged=True, tail_drop=False)
+        keep_tokens(student, told["tokens_per_sample"], ragged=True)
         tail = stage.tail_drop.model_copy(update={"values": []})  # the tokens kept have it in them
         changed = {"stages": [stage.model_copy(update={"tail_drop": tail})], "gradient_accumulation": 1}
         alone = recipe.model_copy(update=changed)
