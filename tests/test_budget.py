@@ -103,3 +103,19 @@ def test_sample(export_dir, pipeline_dir, tmp_path, failing):
     assert "--tokens 300" in failing("sample", export_dir, "--tokens", "300", "-o", tmp_path / "no")
     assert "leave out --tokens" in failing("sample", pipeline_dir, "--tokens", "20", "-o", tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA tells when the host waits")
+@torch.no_grad()
+def test_nothing_waits_for_the_device(student):
+    student.cuda().set_tokens(40)
+    arguments = X.cuda(), T.cuda(), Y.cuda()
+    expected = student(*arguments).sample  # makes the constants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = student(*arguments).sample
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, expected)
+    student.cpu()
+    assert (again.cpu() - student(X, T, Y).sample).abs().max() <= 1e-3 * expected.abs().max()

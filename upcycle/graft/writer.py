@@ -57,6 +57,7 @@ def write_safetensors(
     head = struct.pack("<Q", len(text)) + text
     digest = hashlib.sha256(head)
     with path.open("wb", buffering=0) as file:
+        file.truncate(len(head) + offset)  # known to grow, a file grows slower (docs/log.md)
         file.write(head)
         for name, piece in ordered:
             size = 0

@@ -13,7 +13,9 @@ Shape legend: B batch, H x W latent grid, L = H * W positions in raster order, M
 sample of the batch), C latent channels, O output channels, D block width, E scaffold width, p the teacher's patch size.
 """
 
+import functools
 import hashlib
+import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -26,6 +28,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "scale" not in inspect.signature(varlen_attn).parameters:  # came after the function
+        varlen_attn = None
+except ImportError:
+    varlen_attn = None
+
 # Read once: what is saved later is the code that runs. diffusers keeps local code files in one flat namespace; the
 # content hash in the name keeps two exports with different code apart.
 _CODE = Path(__file__).read_bytes()
@@ -36,6 +46,7 @@ DETAIL_FLOOR, DETAIL_SCALE = 0.03, 0.8
 WINDOW_VARIANCE_FLOOR = 3e-4
 OFF_GRID_WEIGHT = 0.135  # of a window beside the teacher's grid, where windows overlap
 REACH = 8  # rows on either side in which owners are looked for at first
+BIAS_CHANNELS = 8  # of the packed attention kernel, whose heads are multiples of 8 wide
 GAUSSIAN_CUT = 7.2  # standard deviations beyond which a weight is below 1e-11
 
 
@@ -129,6 +140,27 @@ class Layout:
 
     def __post_init__(self):
         self.batch, self.longest = len(self.lengths), max(self.lengths)
+        self._bias_channels: torch.Tensor | None = None
+
+    @functools.cached_property
+    def starts(self) -> torch.Tensor:
+        """Where each sample begins among the packed tokens, and their end: int32 [B + 1]. Made on the device."""
+        assert self.place is not None
+        sample = torch.arange(self.batch + 1, device=self.place.device)
+        return torch.searchsorted(self.place, sample * self.longest).int()
+
+    def bias_channels(self, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """key_bias / scale of the packed tokens, in channels whose sum it is more precisely than k's dtype holds it;
+        k's dtype, [T, heads, BIAS_CHANNELS]."""
+        if self._bias_channels is None:
+            assert self.place is not None
+            bias = torch.zeros(len(k), device=k.device)
+            if self.key_bias is not None:
+                bias = self.key_bias.flatten()[self.place].float() / scale
+            high = bias.to(k.dtype)
+            parts = torch.stack([high, (bias - high.float()).to(k.dtype)], dim=-1)
+            self._bias_channels = F.pad(parts, (0, BIAS_CHANNELS - 2))[:, None].expand(-1, k.shape[1], -1)
+        return self._bias_channels
 
     def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
         """[B, M, D] -> [T, D], or unchanged where the batch is even."""
@@ -294,12 +326,14 @@ class Attention(nn.Module):
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Attention within samples; q, k, v [B, M, heads, d] or packed [T, heads, d], and so is what comes back.
 
-    A ragged batch goes sample by sample on a CPU, where padding costs more than calls do (docs/log.md), and padded
-    elsewhere and in compiled graphs, whose shapes should not depend on the lengths.
+    A ragged batch goes sample by sample on a CPU, where padding costs more than calls do (docs/log.md), packed on CUDA
+    in half precision, and padded elsewhere and in compiled graphs, whose shapes should not depend on the lengths.
     """
     if layout.place is None:
         return _attend(q, k, v, layout.key_bias)
-    return (attend_per_sample if layout.known_lengths(q) else attend_padded)(q, k, v, layout)
+    if layout.known_lengths(q):
+        return attend_per_sample(q, k, v, layout)
+    return (attend_packed if _has_packed_kernel(q) else attend_padded)(q, k, v, layout)
 
 
 def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -316,6 +350,32 @@ def attend_per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout:
         for i, (q, k, v) in enumerate(parts)
     ]
     return torch.cat(out, dim=1)[0]
+
+
+def _has_packed_kernel(q: torch.Tensor) -> bool:
+    """Whether torch's attention over packed samples takes these queries [T, heads, d]."""
+    return (
+        varlen_attn is not None
+        and q.is_cuda
+        and torch.version.hip is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] + BIAS_CHANNELS <= 256
+        and not torch.compiler.is_compiling()
+        and torch.cuda.get_device_capability(q.device)[0] >= 8
+    )
+
+
+def attend_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """`attend` of packed tokens in one kernel without padding (CUDA, half precision).
+
+    The kernel takes no bias. It rides on channels of its own: 1 in every query, bias / scale in the key.
+    """
+    scale, starts = q.shape[-1] ** -0.5, layout.starts
+    k = torch.cat([k, layout.bias_channels(k, scale)], dim=-1)
+    q, v = F.pad(q, (0, BIAS_CHANNELS), value=1.0), F.pad(v, (0, BIAS_CHANNELS))
+    out = varlen_attn(q, k, v, starts, starts, layout.longest, layout.longest, scale=scale)
+    return out[..., :-BIAS_CHANNELS]
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
