@@ -1110,9 +1110,11 @@ def save_adapter(model: Any, folder: Path) -> None:
     write_adapter(folder, model.ddit, tensors)
 
 
-def write_adapter(folder: Path, config: DDiTConfig, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """Write the files of an adapter."""
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
+def write_adapter(
+    folder: Path, config: DDiTConfig, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write the files of an adapter; ``metadata`` goes into the header of its weights."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **(metadata or {})})
     (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
     (folder / "ddit.py").write_bytes(_CODE)
 
@@ -1120,6 +1122,8 @@ def write_adapter(folder: Path, config: DDiTConfig, tensors: dict[str, torch.Ten
 def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
     """Config and tensors of an adapter's folder; raises ValueError where there is none, or its config is no such."""
     path = Path(folder)
+    if not (path / CONFIG).is_file() and (path / "ddit" / CONFIG).is_file():
+        path = path / "ddit"  # beside the pipeline that it is for
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise ValueError(f"{folder} is no folder of an adapter: it has no {CONFIG} and {WEIGHTS}")
     content = json.loads((path / CONFIG).read_text())
@@ -1143,7 +1147,8 @@ def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
     if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS])
+        patterns = [f"{at}{name}" for at in ("", "ddit/") for name in (CONFIG, WEIGHTS)]
+        folder = snapshot_download(str(folder), allow_patterns=patterns)
     config, tensors = load_adapter(folder)
     model = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, config.component, None)
     if model is None:
