@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
@@ -127,6 +128,44 @@ def convert(plan: Plan, out: Path, *, force: bool = False, written: Callable[[in
         write_adapter(adapter, plan.config, plan.tensors, provenance.metadata(base, [done]))
         written(sum(tensor.nbytes for tensor in plan.tensors.values()))
         provenance.write(folder, base, [done])
+
+
+def load(folder: Path, name: str) -> tuple[ddit.DDiTConfig, dict[str, torch.Tensor]]:
+    """Config and tensors of an adapter; raises `UpcycleError`, which calls it ``name``, where it is none or damaged."""
+    try:
+        return ddit.load_adapter(folder)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UpcycleError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def export(
+    tensors: dict[str, torch.Tensor],
+    config: ddit.DDiTConfig,
+    start: Path,
+    out: Path,
+    *,
+    event: dict[str, Any],
+    evidence: list[dict[str, Any]] | None = None,
+) -> None:
+    """Save a trained adapter to ``out``, with the base's files where ``start`` has them; provenance goes on."""
+    before = provenance.read(start)
+    before = before or {"base": {"id": config.base, "kind": "diffusers", "revision": config.base_revision,
+                                 "licence": None}, "history": []}  # fmt: skip
+    base, history = before["base"], [*before["history"], event]
+    beside = (start / ADAPTER / ddit.CONFIG).is_file()
+    with new_folder(out, force=True, keep=(start,)) as folder:
+        if beside:
+            left_out = shutil.ignore_patterns(".*", "__pycache__", provenance.FILE, "README.md", "images")
+            for path in start.iterdir():
+                if path.is_dir() and path.name not in (ADAPTER, "images") and not path.name.startswith("."):
+                    shutil.copytree(path, folder / path.name, ignore=left_out)
+                elif path.is_file() and (path.name == "model_index.json" or path.name.startswith("LICENSE")):
+                    shutil.copyfile(path, folder / path.name)
+        where = folder / ADAPTER if beside else folder
+        write_adapter(where, config, tensors, provenance.metadata(base, history))
+        if (out / "README.md").is_file():
+            shutil.copyfile(out / "README.md", folder / "README.md")  # somebody's
+        provenance.write(folder, base, history, evidence=evidence)
 
 
 def write_adapter(

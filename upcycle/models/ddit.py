@@ -180,6 +180,14 @@ def outside(z: torch.Tensor, projector: torch.Tensor) -> torch.Tensor:
     return z - inside.reshape(z.shape)
 
 
+def outside_variance(x0: torch.Tensor, side: int, m: int) -> float:
+    """s^2: the variance of clean latents [..., H, W] in the directions that patches of m x ``side`` cannot hold."""
+    b = upsampling(side, m)
+    x0 = pad_to(x0, *(-(-size // len(b)) * len(b) for size in x0.shape[-2:]))
+    rest = outside(x0, (b @ torch.linalg.pinv(b)).float().to(x0.device))
+    return (rest.square().mean() / (1 - 1 / m**2)).item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model predicts
 
