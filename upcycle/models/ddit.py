@@ -383,13 +383,13 @@ class PatchSchedule:
         self.noise, self.patches, self.threshold, self.percentile = noise, patches, threshold, percentile
         self.order, self.fixed, self.steps, self.policy = order, fixed, steps, policy
         self.exact_times: Callable[[], torch.Tensor] | None = None
+        self.log: list[dict[str, Any]] = []
         self.always_look = False
         """Compute the deviations even without a threshold, for `calibrate`."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget the run: the next call is its first step."""
-        self.log: list[dict[str, Any]] = []
+        """Forget the run: the next call is the first step of another one. (Its `log` stays until then.)"""
         self._increments: list[torch.Tensor] = []
         self._time: float | None = None
         self._latents: torch.Tensor | None = None
@@ -416,6 +416,8 @@ class PatchSchedule:
                 return self._sizes
             if level >= before or self._latents is None or self._latents.shape != latents.shape:
                 self.reset()
+        if self._time is None:
+            self.log = []
         self._halves = bool(halves)
         count = half if halves else batch
         step = len(self.log)
@@ -560,7 +562,8 @@ class PatchSwitching:
 
     def _reset_stateful_cache(self, *arguments: Any, **options: Any) -> None:
         self.schedule.reset()
-        super()._reset_stateful_cache(*arguments, **options)  # type: ignore[misc]
+        if hasattr(super(), "_reset_stateful_cache"):  # a DiT has no caches, and pipelines ask all the same
+            super()._reset_stateful_cache(*arguments, **options)  # type: ignore[misc]
 
     def _switched(self, *arguments: Any, **options: Any) -> Any:
         given = dict(zip(self._names, arguments, strict=False)) | options

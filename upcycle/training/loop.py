@@ -36,8 +36,8 @@ class Trained:
     """What a run came to.
 
     ``student``: the one with averaged weights (on the CPU, fp32, with the guide of the end), of method ddit the
-    adapter's tensors; the ``step`` that these are of, steps done and skipped, and what was changed in the recipe between
-    a checkpoint and its continuation.
+    adapter's tensors; the ``step`` that these are of, steps done and skipped, and what was changed in the recipe
+    between a checkpoint and its continuation.
     """
 
     student: Any
