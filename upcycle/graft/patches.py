@@ -1,8 +1,9 @@
 """`convert --method ddit`: an adapter with which a pretrained model takes coarser patches, and the base beside it."""
 
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from upcycle import provenance
 from upcycle.errors import UpcycleError
 from upcycle.models import ddit
-from upcycle.output import new_folder
+from upcycle.output import new_folder, write_text
 from upcycle.sources.backbone import Backbone, copied_files
 from upcycle.sources.tensors import check_finite
 
@@ -174,6 +175,15 @@ def write_adapter(
     """Write the files of an adapter, with provenance in the header of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     ddit.write_adapter(folder, config, tensors, metadata)
+
+
+def update(folder: Path, adapter: Path, **changes: Any) -> None:
+    """Change the config of the adapter that lies in ``folder``, and its digest there."""
+    config, _ = load(adapter, str(folder))
+    config = replace(config, **changes)
+    write_text(adapter / ddit.CONFIG, json.dumps(asdict(config), indent=2) + "\n")
+    if (folder / provenance.FILE).is_file():
+        provenance.add_evidence(folder, drawn=[(adapter / ddit.CONFIG).relative_to(folder).as_posix()])
 
 
 def adapter_folder(folder: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Sampling with a DDiT adapter: put it on a pipeline, a fixed schedule from the command line, what a run did and why,
 and a threshold for a wanted speed-up."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -101,11 +102,11 @@ def calibrate(
     *,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
-    """Find the threshold at which ``draw`` (a whole sampling run of ``model``'s pipeline) is ``speed_up`` times faster.
+    """Find the threshold at which ``draw``, a whole sampling run of ``model``'s pipeline, is ``speed_up`` times faster.
 
-    The cost of a step at each size is measured once, in runs that stay at it; runs with thresholds between those at
-    which the steps of a run at m = 1 would have become coarse are tried by bisection, because what is coarse changes
-    what comes after. Where ``draw`` returns the clean latents, s^2 is measured on them (`ddit.outside_variance`).
+    The cost of a step at each size is measured once, in runs that stay at it. Thresholds between the deviations of a
+    run at m = 1 are tried by bisection, each in a run of its own, because what is coarse changes what comes after.
+    Where ``draw`` returns the clean latents, s^2 is measured on them (`ddit.outside_variance`).
 
     Raises:
         UpcycleError: no threshold is as fast as that.
@@ -128,33 +129,32 @@ def calibrate(
     values = sorted({max(v) for entry in schedule.log for v in entry.get("deviation", {}).values()})
     if not values:
         raise UpcycleError(f"the run has no more than {schedule.order} steps, all of them the finest; take more steps")
-    tried: dict[int, Calibration] = {}
+    tried: list[Calibration] = []
 
-    def attempt(index: int) -> Calibration:
-        if index not in tried:
-            threshold = values[index] * 1.001
-            run = model.set_schedule(threshold=threshold)
-            draw()
-            steps = steps_by_size(run.log)
-            cost = sum(seconds[m] * count for m, count in steps.items())
-            gained = seconds[1] * sum(steps.values()) / cost
-            tried[index] = Calibration(threshold, gained, steps, seconds, variance)
-            say(f"threshold {threshold:.3g}: {gained:.2f} x, steps {steps}")
-        return tried[index]
+    def attempt(threshold: float) -> Calibration:
+        run = model.set_schedule(threshold=threshold)
+        draw()
+        steps = steps_by_size(run.log)
+        cost = sum(seconds[m] * count for m, count in steps.items())
+        tried.append(Calibration(threshold, seconds[1] * sum(steps.values()) / cost, steps, seconds, variance))
+        say(f"threshold {threshold:.4g}: {tried[-1].speed_up:.2f} x, steps {steps}")
+        return tried[-1]
 
-    low, high = 0, len(values) - 1
-    if attempt(high).speed_up < speed_up * (1 - CLOSE):
-        best = max(tried.values(), key=lambda found: found.speed_up)
+    low, high = max(values[0], values[-1] * 1e-6), values[-1] * 1.001
+    # Coarse steps move the latents in another way than fine ones: more than the largest value may be needed.
+    while (most := attempt(high)).speed_up < speed_up * (1 - CLOSE) and len(tried) < 3:
+        high *= 10
+    if most.speed_up < speed_up * (1 - CLOSE):
         raise UpcycleError(f"no threshold is {speed_up:g} times as fast: all coarse steps that there can be give "
-                           f"{best.speed_up:.2f}; ask for less, or take more steps")  # fmt: skip
-    while low < high and len(tried) < MOST_RUNS:
-        middle = (low + high) // 2
+                           f"{most.speed_up:.2f}; ask for less, or take more steps")  # fmt: skip
+    while len(tried) < MOST_RUNS and not any(abs(found.speed_up / speed_up - 1) <= CLOSE for found in tried):
+        middle = math.sqrt(low * high)
         if attempt(middle).speed_up < speed_up:
-            low = middle + 1
+            low = middle
         else:
             high = middle
-    fast = [found for found in tried.values() if found.speed_up >= speed_up * (1 - CLOSE)]
-    return min(fast, key=lambda found: found.threshold)
+    fast = [found for found in tried if found.speed_up >= speed_up * (1 - CLOSE)]
+    return min(fast, key=lambda found: (found.speed_up, found.threshold))
 
 
 class _Timer:
