@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ def calibrate(
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps that it is for.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 4.0,
+    cost: Annotated[
+        Literal["time", "tokens"], typer.Option(help="Of a step: its time here, or its share of the tokens.")
+    ] = "time",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image.")] = 0,
     base: Annotated[
         str | None, typer.Option(metavar="ID|DIR", help="Pipeline for an adapter alone. Default: its own.")
@@ -76,15 +79,16 @@ def calibrate(
         return latents[0].float()
 
     pipe.vae.decode = keep
-    found = patches.calibrate(transformer, run, speed_up, say=lambda text: stderr.print(text))
+    found = patches.calibrate(transformer, run, speed_up, by_tokens=cost == "tokens", say=stderr.print)
     stated = {
-        "speed_up": round(found.speed_up, 3), "asked": speed_up, "steps": steps, "guidance_scale": guidance_scale,
+        "speed_up": round(found.speed_up, 3), "asked": speed_up, "cost": cost, "steps": steps,
+        "guidance_scale": guidance_scale,
         "sampler": type(pipe.scheduler).__name__, "classes": labels, "seed": seed, "steps_by_size": found.steps,
     }  # fmt: skip
     update(Path(model), folder, threshold=found.threshold, variance=found.variance, calibration=stated)
     if as_json:
         print_json({"out": str(folder / "ddit.json"), "threshold": found.threshold,
-                    "step_seconds": found.step_seconds, **stated})  # fmt: skip
+                    "step_cost": found.step_cost, **stated})  # fmt: skip
         return
     shown = ", ".join(f"x{m}: {n}" for m, n in found.steps.items())
     stdout.print(f"threshold {found.threshold:.4g}: {found.speed_up:.2f} x in the denoising steps ({shown})")

@@ -91,7 +91,7 @@ class Calibration:
     threshold: float
     speed_up: float
     steps: dict[int, int]
-    step_seconds: dict[int, float]
+    step_cost: dict[int, float]
     variance: dict[str, float]
 
 
@@ -100,24 +100,30 @@ def calibrate(
     draw: Callable[[], torch.Tensor | None],
     speed_up: float,
     *,
+    by_tokens: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
     """Find the threshold at which ``draw``, a whole sampling run of ``model``'s pipeline, is ``speed_up`` times faster.
 
-    The cost of a step at each size is measured once, in runs that stay at it. Thresholds between the deviations of a
+    The cost of a step at each size is its time, measured once in runs that stay at it, or with ``by_tokens`` its share
+    of the tokens, 1 / m^2. Thresholds between the deviations of a
     run at m = 1 are tried by bisection, each in a run of its own, because what is coarse changes what comes after.
     Where ``draw`` returns the clean latents, s^2 is measured on them (`ddit.outside_variance`).
 
     Raises:
         UpcycleError: no threshold is as fast as that.
     """
-    seconds: dict[int, float] = {}
+    price: dict[int, float] = {}
     variance: dict[str, float] = {}
     for m in (1, *model.ddit.patches):
         with model.at(m), _Timer(model) as timer:
             latents = draw()
-        seconds[m] = statistics.median(timer.seconds)
-        say(f"a step at m = {m}: {1000 * seconds[m]:.4g} ms")
+        price[m] = 1 / m**2 if by_tokens else statistics.median(timer.seconds)
+        say(
+            f"a step at m = {m}: {price[m]:.4g} of the tokens"
+            if by_tokens
+            else f"a step at m = {m}: {1000 * price[m]:.4g} ms"
+        )
         if m == 1 and latents is not None:
             side = model.switching_layers(model.config).embed.sizes["h"]
             variance = {str(size): ddit.outside_variance(latents, side, size) for size in model.ddit.patches}
@@ -135,8 +141,8 @@ def calibrate(
         run = model.set_schedule(threshold=threshold)
         draw()
         steps = steps_by_size(run.log)
-        cost = sum(seconds[m] * count for m, count in steps.items())
-        tried.append(Calibration(threshold, seconds[1] * sum(steps.values()) / cost, steps, seconds, variance))
+        cost = sum(price[m] * count for m, count in steps.items())
+        tried.append(Calibration(threshold, price[1] * sum(steps.values()) / cost, steps, price, variance))
         say(f"threshold {threshold:.4g}: {tried[-1].speed_up:.2f} x, steps {steps}")
         return tried[-1]
 
