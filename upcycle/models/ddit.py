@@ -39,6 +39,7 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -90,6 +91,8 @@ class DDiTConfig:
     def __post_init__(self):
         if self.base_class not in BACKBONES:
             raise ValueError(f"base_class must be one of {', '.join(BACKBONES)}, got {self.base_class!r}")
+        if not isinstance(self.patches, list) or not isinstance(self.variance, dict):
+            raise ValueError("patches must be a list, and variance a mapping")
         whole = all(isinstance(m, int) and not isinstance(m, bool) and 2 <= m <= 16 for m in self.patches)
         if not self.patches or not whole or sorted(set(self.patches)) != list(self.patches):
             raise ValueError(f"patches must be ascending whole numbers from 2 to 16, got {self.patches}")
@@ -97,15 +100,21 @@ class DDiTConfig:
             raise ValueError(f"rank must be a whole number from 0 to 4096, got {self.rank}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
-        if self.threshold is not None and not self.threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {self.threshold}")
-        if not 0 < self.percentile <= 1:
-            raise ValueError(f"percentile must be above 0 and at most 1, got {self.percentile}")
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+        if self.beta_schedule not in ("linear", "scaled_linear"):
+            raise ValueError(f"beta_schedule must be linear or scaled_linear, got {self.beta_schedule!r}")
+        _check_schedule(self.threshold, self.percentile, self.order)
 
     def variance_of(self, m: int) -> float:
         return float(self.variance.get(str(m), VARIANCE))
+
+
+def _check_schedule(threshold: float | None, percentile: float, order: int) -> None:
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    if not 0 < percentile <= 1:
+        raise ValueError(f"percentile must be above 0 and at most 1, got {percentile}")
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,8 +374,7 @@ class PatchSchedule:
     ):
         if policy not in ("min", "grouped"):
             raise ValueError(f"policy must be min or grouped, got {policy!r}")
-        if order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3, got {order}")
+        _check_schedule(threshold, percentile, order)
         for m, _ in fixed or []:
             if m != 1 and m not in patches:
                 raise ValueError(f"the schedule has {m}, and there are 1, {', '.join(map(str, patches))}")
@@ -377,17 +385,16 @@ class PatchSchedule:
         self.exact_times: Callable[[], torch.Tensor] | None = None
         self.always_look = False
         """Compute the deviations even without a threshold, for `calibrate`."""
+        self.log: list[dict[str, Any]] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget the run: the next call is its first step."""
-        self.log: list[dict[str, Any]] = []
+        """Forget the run: the next call is its first step. The log stays until then: pipelines reset when they end."""
         self._increments: list[torch.Tensor] = []
         self._time: float | None = None
         self._latents: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
         self._sizes: list[int] = []
-        self._halves = False
 
     @torch.no_grad()
     def decide(self, sight: Sight) -> list[int]:
@@ -408,7 +415,8 @@ class PatchSchedule:
                 return self._sizes
             if level >= before or self._latents is None or self._latents.shape != latents.shape:
                 self.reset()
-        self._halves = bool(halves)
+        if self._time is None:
+            self.log = []
         count = half if halves else batch
         step = len(self.log)
         entry: dict[str, Any] = {"step": step, "time": time}
@@ -551,8 +559,9 @@ class PatchSwitching:
         return {name: value for name, value in state.items() if ".coarse." not in f".{name}"}
 
     def _reset_stateful_cache(self, *arguments: Any, **options: Any) -> None:
-        self.schedule.reset()
-        super()._reset_stateful_cache(*arguments, **options)  # type: ignore[misc]
+        self.schedule.reset()  # pipelines call this after every run, of whatever has the method
+        if hasattr(super(), "_reset_stateful_cache"):  # not DiT and Z-Image
+            super()._reset_stateful_cache(*arguments, **options)  # type: ignore[misc]
 
     def _switched(self, *arguments: Any, **options: Any) -> Any:
         given = dict(zip(self._names, arguments, strict=False)) | options
@@ -560,7 +569,7 @@ class PatchSwitching:
         active = schedule.threshold is not None or schedule.fixed is not None or schedule.always_look
         sight = self.look(given) if active or self._forced not in (None, 1) else None
         if sight is None:
-            self.switch.m = 1
+            self._turn_to(1)
             return super().forward(**given)  # type: ignore[misc]
         sizes = [self._forced] if self._forced is not None else schedule.decide(sight)
         if len(set(sizes)) == 1:
@@ -572,12 +581,23 @@ class PatchSwitching:
         return Transformer2DModelOutput(sample=out) if given.get("return_dict", True) else (out,)
 
     def _at(self, m: int, given: dict[str, Any], sight: Sight) -> Any:
-        if m != self.switch.m and getattr(self, "is_cache_enabled", False):
-            super()._reset_stateful_cache()  # type: ignore[misc] # caches of tokens do not survive another number of them
-        self.switch.m = m
+        self._turn_to(m)
         if m == 1:
             return super().forward(**{**given, "return_dict": False})[0]  # type: ignore[misc]
         return self.coarse(m, given, sight)
+
+    def _turn_to(self, m: int) -> None:
+        """Caches of tokens do not survive another number of them. To reset them would also end the
+        ``cache_context`` that this call runs in."""
+        if m != self.switch.m and getattr(self, "is_cache_enabled", False):
+            registries = [layer._diffusers_hook for layer in self.modules() if hasattr(layer, "_diffusers_hook")]  # type: ignore[attr-defined]
+            hooks = [hook for registry in registries for hook in registry.hooks.values()]
+            managers = [value for hook in hooks for value in vars(hook).values() if hasattr(value, "set_context")]
+            contexts = [manager._context for manager in managers]
+            super()._reset_stateful_cache()  # type: ignore[misc]
+            for manager, context in zip(managers, contexts, strict=True):
+                manager.set_context(context)
+        self.switch.m = m
 
     def _grouped(self, sizes: list[int], given: dict[str, Any], sight: Sight) -> Any:
         """One call a size, with the samples that want it."""
@@ -1064,7 +1084,7 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
                 if own[key] is None or own[key].shape != value.shape:
                     found = "missing" if own[key] is None else f"of shape {tuple(own[key].shape)}"
                     raise ValueError(f"the adapter does not fit the model: {name}.coarse.{m}.{key} is {found}")
-            made.load_state_dict(own, assign=True)
+            made.load_state_dict({key: value.clone() for key, value in own.items()}, assign=True)
             coarse[str(m)] = made.to(weight.device, dtype).requires_grad_(False)
         ready.append((layer, kind, coarse))
     if left:
@@ -1118,7 +1138,7 @@ def write_adapter(folder: Path, config: DDiTConfig, tensors: dict[str, torch.Ten
 
 
 def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of an adapter's folder; raises ValueError where there is none, or its config is no such."""
+    """Config and tensors of an adapter's folder; raises ValueError where there is none, or its files are no such."""
     path = Path(folder)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise ValueError(f"{folder} is no folder of an adapter: it has no {CONFIG} and {WEIGHTS}")
@@ -1126,7 +1146,10 @@ def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor
     known = inspect.signature(DDiTConfig).parameters
     if not isinstance(content, dict) or set(content) - set(known):
         raise ValueError(f"{path / CONFIG} holds what this version does not know; update it")
-    return DDiTConfig(**content), load_file(path / WEIGHTS)
+    try:
+        return DDiTConfig(**content), load_file(path / WEIGHTS)
+    except (TypeError, SafetensorError) as e:
+        raise ValueError(f"{folder} holds a damaged adapter: {e}") from e
 
 
 def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
@@ -1148,6 +1171,8 @@ def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
     model = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, config.component, None)
     if model is None:
         raise ValueError(f"the pipeline has no {config.component}")
+    settings = {"threshold": config.threshold, "percentile": config.percentile, "order": config.order} | schedule
+    PatchSchedule(Noise(config), config.patches, **settings)  # raises before anything is changed
     attach(model, config, tensors)
     if not isinstance(pipeline, nn.Module):
         follow(model, pipeline)
