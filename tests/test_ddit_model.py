@@ -181,7 +181,9 @@ def test_stock_pipelines_give_the_same_and_run_coarse(name):
     assert [entry["m"] for entry in schedule.log] == [1] * 6
     assert ["deviation" in entry for entry in schedule.log] == [False] * 3 + [True] * 3
     times = pipe.scheduler.timesteps.float() / (1 if kind == "dit" else 1000)
-    assert torch.allclose(torch.tensor([entry["time"] for entry in schedule.log]), times, atol=6e-4)
+    assert torch.allclose(
+        torch.tensor([entry["time"] for entry in schedule.log]), times, atol=1.1e-3
+    )  # UniPC's are cut to whole ones
     schedule = model.set_schedule(threshold=1e9)
     coarse = sample()
     assert coarse.shape == stock.shape
@@ -402,6 +404,31 @@ def test_the_residual_is_the_gain_times_what_lies_outside(kind):
     torch.testing.assert_close(difference, expected * gain.view(-1, 1, 1), atol=1e-5, rtol=1e-4)
     if kind == "dit":
         assert torch.equal(outs[0][:, 4:], outs[1][:, 4:])
+
+
+def test_what_cannot_be_coarsened_runs_as_ever():
+    """References, several regions, and the outputs of a ControlNet, one for every fine token."""
+    model, stock = attach("flux"), make("flux")
+    model.set_schedule(threshold=1e9)
+    model.set_patches(4)
+    given = arguments("flux", latents("flux"))
+    control = [draw(2, 64, 32)]
+    ids = given["img_ids"].clone()
+    ids[32:, 0] = 1
+    for change in (
+        {"controlnet_block_samples": control},
+        {"controlnet_single_block_samples": control},
+        {"img_ids": ids},
+        {"img_ids": given["img_ids"].roll(1, 0)},
+    ):
+        assert torch.equal(output(model, given | change), output(stock, given | change))
+    model, stock = attach("z-image"), make("z-image")
+    model.set_patches(4)
+    images = [latents("z-image", 16, 16)[0], latents("z-image", 16, 24)[0]]  # of two sizes
+    given = arguments("z-image", latents("z-image")) | {"x": images}
+    with torch.no_grad():
+        outs = model(**given).sample, stock(**given).sample
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
 
 
 # Caches of diffusers
@@ -626,7 +653,7 @@ def test_a_style_lora_goes_on_top():
     pytest.importorskip("peft")
     from peft import LoraConfig
 
-    targets = {"dit": ["to_q", "ff.net.2"], "flux": ["to_q", "proj_out", "ff.net.2"], "wan": ["to_q", "ffn.net.2"]}
+    targets = {"dit": ["to_q", "ff.net.2"], "flux": ["to_q", "0.proj_out", "ff.net.2"], "wan": ["to_q", "ffn.net.2"]}
     targets["z-image"] = ["to_q", "w1", "w2"]
     for kind, names in targets.items():
         given = arguments(kind, latents(kind))
@@ -640,7 +667,7 @@ def test_a_style_lora_goes_on_top():
             assert torch.equal(at(model, m, given), bare[m])  # nothing learned yet
         for each in (plain, model):
             for name, parameter in each.named_parameters():
-                if "lora_B" in name:
+                if "lora_" in name:
                     parameter.data.copy_(draw(*parameter.shape))
         assert torch.equal(at(model, 1, given), output(plain, given))
         two = at(model, 2, given)
@@ -648,6 +675,21 @@ def test_a_style_lora_goes_on_top():
         assert not any("lora" in name for name in model.adapter_parameters()), kind
         model.disable_adapters()
         assert torch.equal(at(model, 2, given), bare[2])
+
+
+def test_a_style_lora_on_what_sees_patches_stays_at_the_finest_size():
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    given = arguments("flux", latents("flux"))
+    model = attach("flux")
+    bare = at(model, 2, given)
+    model.add_adapter(LoraConfig(r=2, target_modules=["x_embedder"], init_lora_weights=False))
+    at(model, 1, given)
+    with pytest.raises(ValueError, match="LoRA on x_embedder"):
+        at(model, 2, given)
+    model.disable_adapters()
+    assert torch.equal(at(model, 2, given), bare)
 
 
 def test_adapters_go_on_a_model_that_has_a_style_lora(tmp_path):

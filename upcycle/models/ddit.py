@@ -392,6 +392,7 @@ class PatchSchedule:
         """Forget the run: the next call is its first step. The log stays until then: pipelines reset when they end."""
         self._increments: list[torch.Tensor] = []
         self._time: float | None = None
+        self._given_time: float | None = None
         self._latents: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
         self._sizes: list[int] = []
@@ -408,11 +409,11 @@ class PatchSchedule:
             same = (self._latents == latents).all().float()
         twins = (latents[:half] == latents[half:]).all().float() if half else torch.zeros_like(same)
         time, same_latents, halves = torch.stack([sight.time.float().max(), same, twins]).tolist()
-        time = self._exact(time)
+        if self._time is not None and time == self._given_time and same_latents:
+            return self._sizes
+        given, time = time, self._exact(time)
         if self._time is not None:
             level, before = self._level(time), self._level(self._time)
-            if time == self._time and same_latents:
-                return self._sizes
             if level >= before or self._latents is None or self._latents.shape != latents.shape:
                 self.reset()
         if self._time is None:
@@ -424,7 +425,7 @@ class PatchSchedule:
             then, now = (torch.tensor(t, device=latents.device) for t in (self._time, time))
             z, out = self._latents[:count], self._out[:count]
             self._increments = [*self._increments, self.noise.increment(z, out, then, now)][-self.order :]
-        self._time, self._latents, self._out = time, latents, None
+        self._time, self._given_time, self._latents, self._out = time, given, latents, None
         sizes = [1] * count
         if self.fixed:
             sizes = [self._fixed_at(step)] * count
@@ -457,14 +458,24 @@ class PatchSchedule:
         return float(self.noise.levels(torch.tensor(time))[1])
 
     def _exact(self, time: float) -> float:
-        """The sampler's own time: bf16 pipelines round what they pass, and increments are differences."""
+        """The sampler's own time: bf16 pipelines round what they pass, and increments are differences.
+
+        Rounding may take a time nearer to a neighbour, or make two equal: what is not exact is the next of the run.
+        """
         if self.exact_times is None:
             return time
         times = self.exact_times()
-        if not len(times):
+        whole = 1.0 if self.noise.config.prediction == "epsilon" else 1 / self.noise.config.num_train_timesteps
+        near = times[(times - time).abs() <= max(2**-7 * abs(time), whole)]  # some round to whole timesteps
+        if not len(near):
             return time
-        nearest = float(times[(times - time).abs().argmin()])
-        return nearest if abs(nearest - time) <= 2**-7 * max(abs(time), 1e-3) else time
+        nearest = float(near[(near - time).abs().argmin()])
+        if self._time is None or self._given_time is None or time > self._given_time:  # a run begins
+            return nearest
+        later = near[near < self._time]
+        if not len(later) or (nearest < self._time and abs(nearest - time) <= 1e-6 * abs(time)):
+            return nearest
+        return float(later.max())
 
     def _fixed_at(self, step: int) -> int:
         assert self.fixed is not None
@@ -584,6 +595,11 @@ class PatchSwitching:
         self._turn_to(m)
         if m == 1:
             return super().forward(**{**given, "return_dict": False})[0]  # type: ignore[misc]
+        layers = self.switching_layers(self.config)  # type: ignore[attr-defined]
+        for name in (layers.embed.name, layers.head.name):
+            layer: Any = self.get_submodule(name)  # type: ignore[attr-defined]
+            if hasattr(layer, "base_layer") and not layer.disable_adapters and not layer.merged:
+                raise ValueError(f"the LoRA on {name} is one of fine patches; disable it, or stay at m = 1")
         return self.coarse(m, given, sight)
 
     def _turn_to(self, m: int) -> None:
@@ -605,7 +621,10 @@ class PatchSwitching:
         parts: dict[int, Any] = {}
         where = {m: [i for i, size in enumerate(sizes) if size == m] for m in sorted(set(sizes))}
         for m, rows in where.items():
-            chosen = {name: _rows(value, rows, batch) for name, value in given.items()}
+            chosen = {
+                name: value if name in ("img_ids", "txt_ids") else _rows(value, rows, batch)  # those are of all samples
+                for name, value in given.items()
+            }
             parts[m] = self._at(m, chosen, Sight(sight.latents[rows], sight.time[rows], sight.patch))
         if isinstance(parts[min(parts)], list):
             out: list[Any] = [None] * batch
@@ -746,7 +765,8 @@ class _Flux(PatchSwitching, FluxTransformer2DModel):
 
     def look(self, given):
         x, ids, timestep = given["hidden_states"], given.get("img_ids"), given.get("timestep")
-        if ids is None or timestep is None or given.get("controlnet_block_samples") is not None:
+        controlled = any(given.get(f"controlnet_{kind}_samples") is not None for kind in ("block", "single_block"))
+        if ids is None or timestep is None or controlled:
             return None
         ids = (ids[0] if ids.ndim == 3 else ids).float()
         # Only a raster of one image can be coarsened: no reference images, no regions.
@@ -1197,7 +1217,12 @@ def follow(model: Any, pipeline: Any) -> None:
 
     def times() -> torch.Tensor:
         values = torch.as_tensor(pipeline.scheduler.timesteps, device="cpu").float()
-        return values if model.ddit.prediction == "epsilon" else values / scheduler.config.num_train_timesteps
+        if model.ddit.prediction == "epsilon":
+            return values
+        sigmas = getattr(pipeline.scheduler, "sigmas", None)
+        if sigmas is not None and len(sigmas) >= len(values):  # timesteps of UniPC are whole numbers
+            return torch.as_tensor(sigmas, device="cpu").float()[: len(values)]
+        return values / scheduler.config.num_train_timesteps
 
     model.schedule.exact_times = times
     model.schedule.steps = lambda: len(pipeline.scheduler.timesteps)
