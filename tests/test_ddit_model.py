@@ -495,6 +495,30 @@ def test_a_saved_model_loads_in_the_stock_class(kind, tmp_path):
     assert torch.equal(output(loaded, given), output(model, given))
 
 
+def test_a_pipeline_saves_as_a_stock_one(tmp_path):
+    sample, pipe = dit_pipeline(attach("dit"))
+    pipe.set_progress_bar_config(disable=True)
+    expected = sample()
+    pipe.save_pretrained(tmp_path, variant="fp32", max_shard_size="100KB")
+    names = {path.name for path in (tmp_path / "transformer").iterdir()}
+    assert names >= {"config.json", "ddit.json", "ddit.safetensors", "ddit.py"}
+    assert sum("fp32-0000" in name for name in names) > 1
+    loaded = DiTPipeline.from_pretrained(tmp_path, variant="fp32")
+    assert type(loaded.transformer) is type(make("dit"))
+    build = dit_pipeline(loaded.transformer)[0]
+    assert torch.equal(build(), expected)
+    ddit.apply(loaded, tmp_path / "transformer")
+    assert torch.equal(build(), expected)
+
+
+def test_ids_with_a_batch_dimension_are_taken_too():
+    model = attach("flux")
+    given = arguments("flux", latents("flux"))
+    batched = given | {name: given[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
+    for m in (1, 2):
+        assert torch.equal(at(model, m, batched), at(model, m, given))
+
+
 @four_classes
 def test_the_base_stays_as_it_was(kind):
     model = make(kind)

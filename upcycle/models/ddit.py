@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    ModelMixin,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -554,14 +555,16 @@ class PatchSwitching:
         """The parameters that are not the base's, by name."""
         return {name: p for name, p in self.named_parameters() if ".coarse." in f".{name}"}  # type: ignore[attr-defined]
 
-    def save_pretrained(self, save_directory, *arguments: Any, **options: Any) -> None:
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
+    def save_pretrained(self, save_directory, is_main_process=True, *arguments: Any, **options: Any) -> None:
         """Save the base as stock diffusers would, and the adapter beside it."""
+        if is_main_process:
+            save_adapter(self, Path(save_directory))  # first: the stock method may push the folder
         self._base_alone = True
         try:
-            super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
+            super().save_pretrained(save_directory, is_main_process, *arguments, **options)  # type: ignore[misc]
         finally:
             self._base_alone = False
-        save_adapter(self, Path(save_directory))
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         state = super().state_dict(*arguments, **options)  # type: ignore[misc]
