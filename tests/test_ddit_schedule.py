@@ -394,3 +394,10 @@ def test_decisions_in_bf16_are_those_in_fp32():
     ratio = values[1] / values[0]
     assert ((ratio > 0.5) & (ratio < 2)).all()  # in bf16 latents they would be all rounding
     assert 0.8 < ratio.median() < 1.25
+
+
+def test_a_given_first_frame_does_not_lower_the_noise_level():
+    model = attach("wan-tokens")
+    schedule = model.set_schedule(threshold=0.0)
+    output(model, arguments("wan-tokens", latents("wan-tokens"), 0.7))
+    assert schedule.log[0]["time"] == pytest.approx(0.7)
