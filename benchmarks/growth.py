@@ -84,6 +84,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
     device = PartialState(cpu=not torch.cuda.is_available()).device
     runs = {
         "grids, one sample": [(side, 1) for side in sorted(options.sides)],

@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
     found = {}
     for tokens in (102, 256, 1024):
         found[f"q, k, v of {tokens} tokens"] = compare(qkv(tokens), options.repeats)

@@ -104,9 +104,10 @@ def post_training(kind: str, options: argparse.Namespace, device: Any) -> tuple[
     from upcycle.models.chunked_dit import ChunkedDiT
     from upcycle.recipe import Recipe
     from upcycle.sources import DiTConfig
+    from upcycle.training.chunking import make_optimizer, prepare_student
     from upcycle.training.data import Batch
     from upcycle.training.fsdp import make_accelerator
-    from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
+    from upcycle.training.loop import place_teacher
     from upcycle.training.state import RunState
     from upcycle.training.step import Updater
 

@@ -11,8 +11,8 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
 from upcycle.sources import open_source
 from upcycle.training import cost
+from upcycle.training.chunking import make_optimizer, prepare_student
 from upcycle.training.digits import TEACHER
-from upcycle.training.loop import make_optimizer, prepare_student
 from upcycle.training.state import RunState
 from upcycle.training.step import parts_of
 

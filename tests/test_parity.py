@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_chunking import dense_nearest
+from test_packed_attention import plain_varlen
 
 from upcycle.models import chunked_dit as cd
 
@@ -88,6 +89,16 @@ def slowly(model, x, t, y, mask):
     return torch.cat(out)
 
 
+@pytest.fixture(params=["by sample", "padded", "packed"], autouse=True)
+def fast_way(request, monkeypatch):
+    """How ragged batches go on a CPU, on any other device, and on CUDA in half precision."""
+    if request.param != "by sample":
+        monkeypatch.setattr(cd.Layout, "known_lengths", lambda self, x: None)
+    if request.param == "packed":
+        monkeypatch.setattr(cd, "varlen_attn", plain_varlen)
+        monkeypatch.setattr(cd, "_has_packed_kernel", lambda q: True)
+
+
 def distance(got, expected):
     return float((got.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
@@ -102,7 +113,7 @@ def gradients(model, out):
 
 
 # Grids of a few positions are left out: group norm over so few magnifies rounding a hundredfold.
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(KINDS), st.integers(4, 12), st.integers(3, 11), st.integers(0, 2**16))
 @example("two", 24, 5, 0)  # farther apart than the window of rows
 @example("empty rows", 22, 3, 0)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from upcycle.models import chunked_dit
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
-from upcycle.training.loop import prepare_student
+from upcycle.training.chunking import prepare_student
 from upcycle.training.run import finetune, prepare
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from upcycle.errors import UpcycleError
 from upcycle.training import schedule
+from upcycle.training.chunking import make_optimizer, prepare_student
 from upcycle.training.data import Batch, Draws, open_data
-from upcycle.training.loop import make_optimizer, place_teacher, prepare_student
+from upcycle.training.loop import place_teacher
 from upcycle.training.run import prepare
 from upcycle.training.state import RunState
 from upcycle.training.step import Updater

@@ -15,8 +15,10 @@ from upcycle.errors import UpcycleError
 
 # What folders of ours hold at their top; --force deletes nothing else.
 EXPORT = r"model_index\.json|transformer|vae|scheduler|upcycle\.json|README\.md|images"
+ADAPTER = r"ddit\.(json|safetensors|py)|upcycle\.json|README\.md|images"
+WITH_ADAPTER = rf"{EXPORT}|ddit|LICENSE.*|(text|image)_encoder(_\d)?|tokenizer(_\d)?|transformer_2|feature_extractor"
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
-SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png"
+SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|patches\.(json|png)"
 
 # How libraries say it that hide the error number; the last two are torch.save's.
 DISK_FULL = ("No space left", "File too large", "Disk quota exceeded", "unexpected pos", "iostream error")
@@ -75,6 +77,10 @@ def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, .
         return
     if _is_student(target / "transformer"):
         ours = EXPORT
+    elif {"ddit.json", "ddit.safetensors"} <= {*names}:
+        ours = ADAPTER
+    elif (target / "ddit" / "ddit.json").is_file():
+        ours = WITH_ADAPTER
     elif "report.json" in names and _is_student(target / "pipeline" / "transformer"):
         ours = DEMO
     elif "samples.png" in names:

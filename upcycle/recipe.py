@@ -41,6 +41,21 @@ class Convert(_Strict):
     time_embedding: Literal["diffusers", "meta"] | None = None
 
 
+class DDiT(_Strict):
+    """How the adapter of method ``ddit`` starts; the options of `upcycle convert --method ddit`."""
+
+    patches: Annotated[list[Annotated[int, Field(ge=2, le=16)]], Field(min_length=1)] = [2, 4]
+    rank: Annotated[int, Field(ge=0, le=4096)] = 32
+    residual: bool = True
+
+    @field_validator("patches")
+    @classmethod
+    def _ascending(cls, value: list[int]) -> list[int]:
+        if sorted(set(value)) != value:
+            raise ValueError("must ascend, such as [2, 4]")
+        return value
+
+
 class Losses(_Strict):
     """Weights of the losses of a stage; 0 leaves one out.
 
@@ -157,12 +172,16 @@ class Recipe(_Strict):
     ``data``: ``digits``, or a folder that `upcycle encode` or `upcycle synthesize` wrote, or one of ``*.safetensors``
     shards with ``z0`` [N, C, H, W] and ``label`` [N].
 
+    ``method``: ``dc-dit`` trains dynamic chunking; ``ddit`` an adapter for coarser patches, which starts as ``ddit``
+    says, has its own base for a teacher, of the losses ``distill`` alone, and trains one size in each step.
+
     ``batch_size`` is the whole batch of an update, over all ranks and ``gradient_accumulation`` parts.
     ``teacher_precision``: of the teacher's weights and arithmetic; by default the one of ``mixed_precision``.
     ``max_skipped``: stop after so many steps in a row whose loss or gradient is not finite. ``export``: which weights
     the run ends with, the last (averaged) ones or those of the best validation.
     """
 
+    method: Literal["dc-dit", "ddit"] = "dc-dit"
     teacher: Text
     revision: Text | None = None
     weights: Literal["ema", "model"] = "ema"
@@ -171,6 +190,7 @@ class Recipe(_Strict):
     student: Text | None = None
     student_revision: Text | None = None
     convert: Convert = Convert()
+    ddit: DDiT = DDiT()
     data: Text
     data_workers: Annotated[int, Field(ge=0)] = 2
     validation: Validation | None = None
@@ -219,12 +239,30 @@ class Recipe(_Strict):
             raise ValueError(f"stages.{frozen[0]}.freeze: the paper scaffold's head is fresh; leave 'head' out")
         if self.student is None and self.student_revision is not None:
             raise ValueError("student_revision: there is no student whose revision it could be; leave it out")
+        self._check_method()
         names = [stage.name for stage in self.stages]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"stages: the name {min(twice)} is given twice; every stage needs one of its own")
         if self.export == "best" and self.validation is None:
             raise ValueError("export: best needs 'validation' to judge by; add it, or export the last weights")
         return self
+
+    def _check_method(self) -> None:
+        if self.method == "dc-dit":
+            if self.ddit != DDiT():
+                raise ValueError("ddit: is for method: ddit; add that, or leave it out")
+            return
+        wrong = [name for name in ("convert", "preview", "teacher_precision", "vae", "heads", "compile")
+                 if getattr(self, name) != type(self).model_fields[name].default]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{wrong[0]}: does not go with method: ddit; leave it out")
+        if self.student is not None and self.ddit != DDiT():
+            raise ValueError("student: start from an adapter, or make one with ddit, not both; leave out one of them")
+        for stage in self.stages:
+            for key in {"freeze", "anneal", "tail_drop", "teacher_guidance"} & stage.model_fields_set:
+                raise ValueError(f"stages.{stage.name}.{key}: does not go with method: ddit; leave it out")
+            if stage.losses.model_fields_set - {"distill"} or not stage.losses.distill:
+                raise ValueError(f"stages.{stage.name}.losses: method ddit has the loss distill alone")
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,7 +7,20 @@ import traceback
 
 import typer
 
-from upcycle.cli import bench, convert, demo, encode, export, finetune, info, push_to_hub, recipes, sample, synthesize
+from upcycle.cli import (
+    bench,
+    calibrate,
+    convert,
+    demo,
+    encode,
+    export,
+    finetune,
+    info,
+    push_to_hub,
+    recipes,
+    sample,
+    synthesize,
+)
 from upcycle.errors import UpcycleError
 
 app = typer.Typer(
@@ -25,6 +38,7 @@ app.command("synthesize", epilog=synthesize.EPILOG)(synthesize.synthesize)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.add_typer(recipes.app, name="recipes")
 app.command("sample", epilog=sample.EPILOG)(sample.sample)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("bench", epilog=bench.EPILOG)(bench.bench)
 app.command("info", epilog=info.EPILOG)(info.info)
 app.command("push-to-hub", epilog=push_to_hub.EPILOG)(push_to_hub.push_to_hub)

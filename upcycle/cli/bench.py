@@ -53,6 +53,8 @@ def bench(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UpcycleError(f"{name} {value} must be at least 1")
+    if steps > 1000:
+        raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
     if not 0 <= uncond_tail_drop < 1:
         raise UpcycleError(f"--uncond-tail-drop {uncond_tail_drop:g} must be at least 0 and less than 1")
     if (model is None) == (shape is None):
@@ -74,6 +76,13 @@ def bench(
         theirs, student = _from_shape(shape, size, ratio, layers) if shape else _from_model(str(model), teacher)
         if shape and teacher:
             theirs = _teacher(teacher)
+        if teacher:
+            for name in ("sample_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim"):
+                if theirs.config[name] != student.config[name]:
+                    raise UpcycleError(
+                        f"--teacher {teacher} has {name} {theirs.config[name]} where the student has "
+                        f"{student.config[name]}; give the DiT that it was made from"
+                    )
         if budgets and max(budgets) > student.config.sample_size**2:
             raise UpcycleError(f"--tokens {max(budgets)}: this model keeps at most {student.config.sample_size**2}")
         models = [to_device(m, device).to(torch_dtype(dtype)).eval().requires_grad_(False) for m in (theirs, student)]

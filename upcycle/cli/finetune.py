@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from upcycle.errors import UpcycleError
+
 EPILOG = """
 [bold]Examples[/bold]\n
   upcycle finetune recipes/digits.yaml\n
@@ -44,6 +46,8 @@ def finetune(
 
     quiet_libraries()
     if dry_run:
+        if checked.method == "ddit":
+            raise UpcycleError("--dry-run does not estimate method ddit yet; leave it out")
         _show_cost(checked, measure=not no_measure, as_json=as_json)
         return
     with working(f"preparing {checked.out}"):
@@ -92,10 +96,8 @@ def finetune(
 def _describe(row: dict[str, Any]) -> str:
     """What the line below the progress bar says of a step."""
     levels = "/".join("-" if (v := row[key]) != v else f"{v:.0f}" for key in row if key.startswith("tokens_t"))
-    return (
-        f"loss {row['loss']:.4f}  ratio {row['ratio']:.2f}  tokens {levels}  "
-        f"{row['step_seconds']:.2f} s/step, {row['data_seconds']:.2f} for data"
-    )
+    particular = f"ratio {row['ratio']:.2f}  tokens {levels}" if "ratio" in row else f"m {row['m']}"
+    return f"loss {row['loss']:.4f}  {particular}  {row['step_seconds']:.2f} s/step, {row['data_seconds']:.2f} for data"
 
 
 def _show_cost(recipe: Any, *, measure: bool, as_json: bool) -> None:

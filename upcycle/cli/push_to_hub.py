@@ -58,6 +58,7 @@ def push_to_hub(
     with working("loading"):
         from huggingface_hub.utils import disable_progress_bars
 
+        from upcycle.graft.patches import adapter_folder
         from upcycle.hub import licence, push
         from upcycle.hub.check import check_export, open_export
 
@@ -77,6 +78,8 @@ def push_to_hub(
     if not dry_run:
         licence.check_licence(source.licence, accepted=accept_license)
     if measure:
+        if adapter_folder(chosen):
+            raise UpcycleError("--measure is for dynamic chunking; upcycle calibrate measures an adapter")
         _measure(chosen, device)
     with working(f"checking {chosen}: hashes, shapes, a forward pass in stock diffusers"):
         export = check_export(chosen, trust_remote_code=trust_remote_code)

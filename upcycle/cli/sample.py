@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ EPILOG = """
   upcycle sample upcycle-demo/pipeline --classes 0,1,2,3 --seed 7 -o samples\n
   upcycle sample DiT-XL-2-256-dc4 --classes 207,360 --num 8 --tail-drop 0.4 -o samples\n
   upcycle sample DiT-XL-2-256-dc4 --tokens 0:160,500:64 -o samples        # 64 at t >= 500, 160 below\n
+  upcycle sample DiT-XL-2-256-ddit --schedule 4:0.3,2:0.5,1:0.2 -o samples   # patches 4, 2, 1 times as large\n
   upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --steps 250 -o teacher\n
 """
 
@@ -32,6 +33,21 @@ def sample(
     tokens: Annotated[
         str | None,
         typer.Option(metavar="M|t:M,t:M", help="Keep M tokens of every sample instead, for each range of t if asked."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="τ", help="ddit: coarser steps below this deviation. Default: the adapter's own."),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="m:share,...", help="ddit: factors for shares of the steps, in order.")
+    ] = None,
+    order: Annotated[int | None, typer.Option(min=1, max=3, help="ddit: of the difference. Default: 3.")] = None,
+    policy: Annotated[
+        Literal["min", "grouped"],
+        typer.Option(help="ddit: one size for the batch, or one call a size."),
+    ] = "min",
+    base: Annotated[
+        str | None, typer.Option(metavar="ID|DIR", help="ddit: pipeline for an adapter alone. Default: its own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 16,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
@@ -52,6 +68,10 @@ def sample(
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
     if tail_drop and tokens is not None:
         raise UpcycleError("--tail-drop and --tokens are two budgets; give one of them")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise UpcycleError(f"--threshold {threshold} must be a number of at least 0")
+    if threshold is not None and schedule is not None:
+        raise UpcycleError("--threshold and --schedule are two ways to choose sizes; give one of them")
     if not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
     local = os.path.exists(model)
@@ -67,14 +87,30 @@ def sample(
         import torch
 
         from upcycle.models.chunked_dit import ChunkedDiT
-        from upcycle.output import check_output, new_folder
+        from upcycle.output import check_output, new_folder, to_json
         from upcycle.sampling.budget import follow, parse_tokens
         from upcycle.sampling.draw import TokenCounter, draw
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
 
         check_output(out, force, keep)
-        pipe = load_pipeline(model, revision)
+        pipe = load_pipeline(model, revision, base)
+        patches = getattr(pipe.transformer, "ddit", None)
+        asked = {"--threshold": threshold, "--schedule": schedule, "--order": order,
+                 "--policy": None if policy == "min" else policy}  # fmt: skip
+        if patches is None and (wrong := next((name for name, value in asked.items() if value is not None), None)):
+            raise UpcycleError(f"{model} has no adapter for coarser patches; leave out {wrong}")
+        if patches is not None:
+            from upcycle.sampling import patches as coarse
+
+            changes: dict[str, Any] = {"policy": policy}
+            if threshold is not None:
+                changes["threshold"] = threshold
+            if order is not None:
+                changes["order"] = order
+            if schedule is not None:
+                changes["fixed"] = coarse.parse_schedule(schedule, patches.patches)
+            pipe.transformer.set_schedule(**changes)
         count = class_count(pipe)
         labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
         student = isinstance(pipe.transformer, ChunkedDiT)
@@ -89,7 +125,7 @@ def sample(
     pipe.set_progress_bar_config(disable=True)
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    images, kept = [], []
+    images, kept, runs = [], [], []
     with progress() as bar:
         task = bar.add_task("sampling", total=len(batches) * steps)
         hook = pipe.transformer.register_forward_hook(lambda *_: bar.advance(task))
@@ -97,6 +133,8 @@ def sample(
             counter = TokenCounter(pipe.transformer, len(batch)) if student else None
             batch_labels, batch_seeds = [label for label, _ in batch], [seed for _, seed in batch]
             images.append(draw(pipe, batch_labels, batch_seeds, steps, guidance_scale).cpu())
+            if patches is not None:
+                runs.append(pipe.transformer.schedule.log)
             if counter:
                 counter.remove()
                 kept += [n for step in counter.kept for n in step]
@@ -106,11 +144,25 @@ def sample(
         save_grid(grid, folder / "samples.png", columns=num if num > 1 else min(len(jobs), 10))
         for image, (label, image_seed) in zip(grid, jobs, strict=True):
             save_grid(image[None], folder / f"class{label:04d}-seed{image_seed}.png", columns=1)
+        if runs and runs[0]:
+            # One run a batch: each with the steps of its own.
+            used = pipe.transformer.schedule
+            explanation = {"threshold": used.threshold, "fixed": used.fixed, "order": used.order,
+                           "percentile": used.percentile, "policy": used.policy, "batches": runs}  # fmt: skip
+            (folder / "patches.json").write_text(to_json(explanation) + "\n")
+            coarse.plot(runs[0], used.threshold, folder / "patches.png")
     size = pipe.transformer.config.sample_size**2
     mean_kept = sum(kept) / len(kept) if kept else None
+    sizes = coarse.steps_by_size([entry for log in runs for entry in log]) if patches is not None else None
     if as_json:
-        print_json({"out": str(out), "images": len(jobs), "tokens_kept": mean_kept, "positions": size})
+        report = {"out": str(out), "images": len(jobs), "tokens_kept": mean_kept, "positions": size}
+        print_json(report | ({"steps_by_size": sizes} if sizes is not None else {}))
         return
+    if sizes:
+        shown = ", ".join(f"x{m}: {count}" for m, count in sizes.items())
+        stdout.print(f"steps by patch size: {shown}; why: {out / 'patches.json'} and patches.png")
+    elif patches is not None:
+        stdout.print("steps by patch size: all x1; give --threshold or --schedule, or calibrate the adapter")
     if mean_kept is not None:
         stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
     stdout.print(f"{len(jobs)} images")

@@ -170,8 +170,8 @@ def _run(variant: Variant, settings: Settings, device: torch.device, dtype: torc
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _result(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def keep_tokens(student: ChunkedDiT, tokens: float, *, ragged: bool = False) -> 
         share = torch.ones(batch, device=x.device)
         if ragged and batch > 2:
             share = torch.linspace(0.5, 1.5, batch, device=x.device)
-        share = share * (1 - torch.as_tensor(tail_drop, device=x.device, dtype=torch.float32))
+        share = share * (1 - tail_drop)
         count = (tokens * share).round().clamp(1, size).long()[:, None]
         if routing.tokens is not None:
             count = torch.full_like(count, routing.tokens)

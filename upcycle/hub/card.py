@@ -21,6 +21,8 @@ from upcycle.evaluation.speed import SPEED
 from upcycle.graft.export import PICTURES
 from upcycle.graft.plan import full_config
 from upcycle.graft.verify import DISTANCE
+from upcycle.hub import adapter
+from upcycle.hub.adapter import AdapterSource
 from upcycle.hub.check import Export, variant_of
 from upcycle.hub.licence import card_metadata
 from upcycle.info import trained_tail_drops
@@ -46,6 +48,8 @@ class Card:
 
 def make_card(export: Export, repo_id: str) -> Card:
     """The card of an export that will lie at ``repo_id``."""
+    if isinstance(export.source, AdapterSource):
+        return _adapter_card(export, export.source, repo_id)
     assert isinstance(export.source.config, StudentConfig)
     config = full_config(export.source.config.values)
     origin = export.origin or {"base": {}, "history": [], "evidence": [], "files": {}}
@@ -61,6 +65,27 @@ def make_card(export: Export, repo_id: str) -> Card:
         "licence": _licence(origin["base"].get("licence"), origin["base"]),
     }
     return Card(_metadata(repo_id, config, origin), sections)
+
+
+def _adapter_card(export: Export, source: AdapterSource, repo_id: str) -> Card:
+    origin = export.origin or {"base": {}, "history": [], "evidence": [], "files": {}}
+    own = adapter.sections(repo_id, source)
+    sections = {
+        "summary": own["summary"],
+        "use": own["use"],
+        "quality": _quality(origin["evidence"]),
+        "cost": own["cost"],
+        "schedule": own["schedule"],
+        "made": _made({}, origin),
+        "limits": adapter.limits(origin),
+        "licence": _licence(origin["base"].get("licence"), origin["base"]),
+    }
+    pipeline_tag, tags = adapter.TAGS[source.config.base_class]
+    metadata: dict[str, Any] = card_metadata(origin["base"].get("licence"))
+    metadata |= {"library_name": "diffusers", "pipeline_tag": pipeline_tag, "tags": ["upcycle", "ddit", *tags]}
+    if _on_hub(origin["base"]):
+        metadata |= {"base_model": origin["base"]["id"], "base_model_relation": "adapter"}
+    return Card(metadata, sections)
 
 
 # -- metadata ---------------------------------------------------------------------------------------------------------

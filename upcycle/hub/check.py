@@ -13,13 +13,15 @@ from typing import Any
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
-from upcycle.hub import load
-from upcycle.models import chunked_dit, identity_vae
+from upcycle.hub import load, load_adapter
+from upcycle.hub.adapter import AdapterSource, open_adapter
+from upcycle.models import chunked_dit, ddit, identity_vae
 from upcycle.sources import Source, StudentConfig, open_source
 from upcycle.sources.weight_files import pick_file, variants
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_CODE = {hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in (chunked_dit, identity_vae)}
+_OURS = (chunked_dit, ddit, identity_vae)
+_CODE = {hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in _OURS}
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Export:
     """A checked export: ``files`` to send (relative to ``folder``, with their bytes), what it is, what to know."""
 
     folder: Path
-    source: Source
+    source: Source | AdapterSource
     files: dict[str, int]
     notes: list[str] = field(default_factory=list)
 
@@ -37,10 +39,12 @@ class Export:
         return self.source.origin
 
 
-def open_export(folder: Path) -> Source:
+def open_export(folder: Path) -> Source | AdapterSource:
     """The export in ``folder``, of which headers are read; raises `UpcycleError` where it is none, or damaged."""
     if folder.is_file():
         raise UpcycleError(f"{folder} is a file; make a folder of it with upcycle export --to diffusers, and push that")
+    if adapter := open_adapter(folder):
+        return adapter
     if not (folder / "transformer" / "config.json").is_file():
         raise UpcycleError(
             f"{folder} is no export: it lacks transformer/config.json; give what convert or finetune made"
@@ -60,7 +64,6 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
         UpcycleError: no export, or one that is damaged, changed or does not load.
     """
     source = open_export(folder)
-    assert isinstance(source.config, StudentConfig)
     notes = []
     present = provenance.content(folder)
     if not (folder / provenance.FILE).exists():
@@ -76,7 +79,11 @@ def check_export(folder: Path, *, trust_remote_code: bool = False) -> Export:
     if more := sorted(_others(folder) - set(files)):
         notes.append(f"left out, because no part of the export: {', '.join(more[:5])}{' ...' if len(more) > 5 else ''}")
     _check_code(folder, [name for name in files if name.endswith(".py")], trust_remote_code)
-    _load(folder, files, source.config)
+    if isinstance(source, AdapterSource):
+        _load_adapter(folder, files)
+    else:
+        assert isinstance(source.config, StudentConfig)
+        _load(folder, files, source.config)
     return Export(folder, source, {name: (folder / name).stat().st_size for name in sorted(files)}, notes)
 
 
@@ -129,6 +136,20 @@ def _load(folder: Path, files: list[str], config: StudentConfig) -> None:
     Nothing else of the folder is there for it, as nothing else will be for those who download.
     """
     variant = variant_of(files)
+    found = _alone(load, folder, files, *([variant] if variant else []))
+    size = config.values["sample_size"]
+    if found["shape"] != [2, config.values["out_channels"], size, size] or not found["finite"]:
+        raise UpcycleError(f"{folder}: its forward pass gives NaN, infinities or another shape; export the model again")
+
+
+def _load_adapter(folder: Path, files: list[str]) -> None:
+    """Raise `UpcycleError` unless the adapter loads, and fits the base where that lies beside it."""
+    if not _alone(load_adapter, folder, files)["finite"]:
+        raise UpcycleError(f"{folder}: the adapter has NaN or infinities, or gives some; make it again")
+
+
+def _alone(script: Any, folder: Path, files: list[str], *arguments: str) -> dict[str, Any]:
+    """What a script prints in a process that knows nothing of ours, of the ``files`` alone."""
     with tempfile.TemporaryDirectory(prefix="upcycle-check-") as modules:
         copy = Path(modules) / "export"
         for name in files:
@@ -137,13 +158,11 @@ def _load(folder: Path, files: list[str], config: StudentConfig) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _TOKENS}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "DIFFUSERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [sys.executable, "-I", load.__file__, str(copy), *([variant] if variant else [])],
+            [sys.executable, "-I", script.__file__, str(copy), *arguments],
             env=environment, cwd=modules, capture_output=True, text=True,
         )  # fmt: skip
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"])[-1]
         raise UpcycleError(f"{folder} does not load in stock diffusers: {why.replace(str(copy), str(folder))[:300]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    size = config.values["sample_size"]
-    if found["shape"] != [2, config.values["out_channels"], size, size] or not found["finite"]:
-        raise UpcycleError(f"{folder}: its forward pass gives NaN, infinities or another shape; export the model again")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -28,6 +28,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
+from upcycle.graft.patches import adapter_folder
 from upcycle.hub.card import Card, edited_parts, make_card, render, resets_licence
 from upcycle.hub.check import Export
 from upcycle.sources.hub import causes, explain
@@ -70,8 +71,11 @@ def find_export(folder: Path) -> Path:
         for depth in range(5)
         for path in folder.glob("*/" * depth + provenance.FILE)
         if (path.parent / "transformer" / "config.json").is_file()
-        # Half-written exports, and caches of the Hub, lie in hidden folders.
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        or (
+            adapter_folder(path.parent)
+            # Half-written exports, and caches of the Hub, lie in hidden folders.
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
     ]
     if not found:
         raise UpcycleError(f"no export in {folder.resolve()} or below; give the folder that convert or finetune made")

@@ -86,7 +86,10 @@ class ChunkedDiTOutput(BaseOutput):
 
 
 class Conv2dFP32(nn.Conv2d):
-    """A convolution that runs in fp32 whatever the model's precision: the router decides at a threshold."""
+    """A convolution that runs in fp32 whatever the model's precision: the router decides at a threshold.
+
+    (Where the user allows TF32, a GPU takes it here too, which cuDNN does by default.)
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
@@ -126,7 +129,7 @@ class TimestepLabelEmbedder(nn.Module):
 
 @dataclass
 class Layout:
-    """How the kept tokens of a batch lie in memory.
+    """How the kept tokens of a batch lie in memory; ``lengths`` is None for even batches.
 
     Even batches are [B, M, D]. Ragged ones are packed end to end, [T, D], so that no layer works on padding: ``place``
     [T] says where a token goes in the padded B * M, which attention on a GPU needs. ``lengths`` are the tokens of each
@@ -134,12 +137,12 @@ class Layout:
     logits, [B, 1, 1, M] or None.
     """
 
-    lengths: list[int]
+    lengths: list[int] | None
     key_bias: torch.Tensor | None = None
     place: torch.Tensor | None = None
 
     def __post_init__(self):
-        self.batch, self.longest = len(self.lengths), max(self.lengths)
+        self.batch, self.longest = (len(self.lengths), max(self.lengths)) if self.lengths else (0, 0)
         self._bias_channels: torch.Tensor | None = None
 
     @functools.cached_property
@@ -292,13 +295,13 @@ class _Modulate(torch.autograd.Function):
 class Chunks:
     """The tokens of a batch (lean scaffold), M of the longest sample: which positions they sit on and which they own.
 
-    ``lengths`` B tokens each, ``index`` int64 [B, M] their positions, ``valid`` bool [B, M], ``owner`` int64 [B, L] the
-    position whose token owns each position, ``owner_slot`` int64 [B, L] that token's place in ``index``, ``key_bias``
-    [B, M] log of their cells' sizes (-inf for padding; None where all are the teacher's), ``move`` fp32 [B, M, C] how
-    far their inputs move towards their cells.
+    ``lengths`` the tokens of each sample (None: all have as many), ``index`` int64 [B, M] their positions, ``valid``
+    bool [B, M], ``owner`` int64 [B, L] the position whose token owns each position, ``owner_slot`` int64 [B, L] that
+    token's place in ``index``, ``key_bias`` [B, M] log of their cells' sizes (-inf for padding; None where all are the
+    teacher's), ``move`` fp32 [B, M, C] how far their inputs move towards their cells.
     """
 
-    lengths: list[int]
+    lengths: list[int] | None
     index: torch.Tensor
     valid: torch.Tensor
     owner: torch.Tensor
@@ -344,6 +347,7 @@ def attend_padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Lay
 
 def attend_per_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
     """`attend` of packed tokens, a call a sample."""
+    assert layout.lengths is not None
     parts, bias = zip(*(y[None].split(layout.lengths, dim=1) for y in (q, k, v)), strict=True), layout.key_bias
     out = [
         _attend(q, k, v, None if bias is None else bias[i : i + 1, ..., : q.shape[1]])
@@ -598,6 +602,11 @@ def compact(mask: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tenso
     index = position.new_zeros(batch, longest + 1).scatter_(1, torch.where(mask, slot, longest), position)[:, :longest]
     valid = torch.arange(longest, device=mask.device) < mask.sum(1, keepdim=True)
     return index * valid, valid, slot.clamp(min=0)
+
+
+def _ragged(counts: list[int]) -> list[int] | None:
+    """The tokens of each sample, or None where all have as many."""
+    return counts if min(counts) < max(counts) else None
 
 
 def gather_tokens(x_BLD: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -1031,16 +1040,17 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         conditions: list[torch.Tensor],
         key_bias: torch.Tensor | None,
         valid: torch.Tensor,
-        lengths: list[int],
+        lengths: list[int] | None,
     ) -> torch.Tensor:
         """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None.
 
-        ``valid`` bool [B, M] marks the ``lengths`` tokens that are not padding; padding comes back as zero.
+        ``valid`` bool [B, M] marks the ``lengths`` tokens that are not padding (None: there is none), which comes back
+        as zero.
         """
         layout = Layout(lengths)
         if key_bias is not None:
             layout.key_bias = key_bias.to(tokens.dtype)[:, None, None]
-        if sum(lengths) < valid.numel():
+        if lengths is not None:
             layout.place = compact(valid.view(1, -1), sum(lengths))[0][0]
         tokens = layout.pack(tokens)
         for i, block in enumerate(self.transformer_blocks):
@@ -1074,19 +1084,20 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         patch = self.config.patch_size
         if routing.tokens is not None:
             owner, cell_size, log_cell, _ = self._cells(routing.mask, x.shape[-2:], None)
-            lengths, uneven = [routing.tokens] * x.shape[0], True
+            lengths, longest, uneven = None, routing.tokens, True
         else:
             reach = max(REACH, patch)  # a cell of the teacher's grid is within
             owner, cell_size, log_cell, exact = self._cells(routing.mask, x.shape[-2:], reach)
             flags = torch.stack([(log_cell != 0).any(), exact])
-            *lengths, uneven, found = torch.cat([routing.mask.sum(1), flags]).tolist()
+            *counts, uneven, found = torch.cat([routing.mask.sum(1), flags]).tolist()
+            lengths, longest = _ragged(counts), max(counts)
             if not found:
                 owner, cell_size, log_cell, _ = self._cells(routing.mask, x.shape[-2:], None)
                 uneven = True
-        index, valid, slot = compact(routing.mask, max(lengths))
+        index, valid, slot = compact(routing.mask, longest)
         owner_slot = slot.gather(1, owner)
         key_bias = None
-        if uneven or sum(lengths) < valid.numel():
+        if uneven or lengths is not None:
             key_bias = log_cell.gather(1, index).masked_fill(~valid, -torch.inf)
         move = self._move(x, owner, owner_slot, cell_size, index, timestep)
         return Chunks(lengths, index, valid, owner, owner_slot, key_bias, move)
@@ -1243,14 +1254,15 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
         owner, exact = nearest_kept(routing.mask, height, width, 0.0, REACH if routing.tokens is None else None)
         if routing.tokens is not None:
-            lengths = [routing.tokens] * len(x)
+            lengths, longest = None, routing.tokens
         else:
-            *lengths, inexact = torch.cat([routing.mask.sum(1), ~exact[None]]).tolist()
+            *counts, inexact = torch.cat([routing.mask.sum(1), ~exact[None]]).tolist()
+            lengths, longest = _ragged(counts), max(counts)
             if inexact:
                 owner, _ = nearest_kept(routing.mask, height, width, 0.0)
-        index, valid, slot = compact(routing.mask, max(lengths))
+        index, valid, slot = compact(routing.mask, longest)
         key_bias = None
-        if sum(lengths) < valid.numel():
+        if lengths is not None:
             key_bias = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         tokens = gather_tokens(h_BLD, index)
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)

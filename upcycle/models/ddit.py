@@ -190,6 +190,14 @@ def outside(z: torch.Tensor, projector: torch.Tensor) -> torch.Tensor:
     return z - inside.reshape(z.shape)
 
 
+def outside_variance(x0: torch.Tensor, side: int, m: int) -> float:
+    """s^2: the variance of clean latents [..., H, W] in the directions that patches of m x ``side`` cannot hold."""
+    b = upsampling(side, m)
+    x0 = pad_to(x0, *(-(-size // len(b)) * len(b) for size in x0.shape[-2:]))
+    rest = outside(x0, (b @ torch.linalg.pinv(b)).float().to(x0.device))
+    return (rest.square().mean() / (1 - 1 / m**2)).item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model predicts
 
@@ -384,13 +392,13 @@ class PatchSchedule:
         self.noise, self.patches, self.threshold, self.percentile = noise, patches, threshold, percentile
         self.order, self.fixed, self.steps, self.policy = order, fixed, steps, policy
         self.exact_times: Callable[[], torch.Tensor] | None = None
+        self.log: list[dict[str, Any]] = []
         self.always_look = False
         """Compute the deviations even without a threshold, for `calibrate`."""
-        self.log: list[dict[str, Any]] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget the run: the next call is its first step. The log stays until then: pipelines reset when they end."""
+        """Forget the run: the next call is the first step of another one. (Its `log` stays until then.)"""
         self._increments: list[torch.Tensor] = []
         self._time: float | None = None
         self._given_time: float | None = None
@@ -573,8 +581,8 @@ class PatchSwitching:
         return {name: value for name, value in state.items() if ".coarse." not in f".{name}"}
 
     def _reset_stateful_cache(self, *arguments: Any, **options: Any) -> None:
-        self.schedule.reset()  # pipelines call this after every run, of whatever has the method
-        if hasattr(super(), "_reset_stateful_cache"):  # not DiT and Z-Image
+        self.schedule.reset()
+        if hasattr(super(), "_reset_stateful_cache"):  # a DiT has no caches, and pipelines ask all the same
             super()._reset_stateful_cache(*arguments, **options)  # type: ignore[misc]
 
     def _switched(self, *arguments: Any, **options: Any) -> Any:
@@ -1153,9 +1161,11 @@ def save_adapter(model: Any, folder: Path) -> None:
     write_adapter(folder, model.ddit, tensors)
 
 
-def write_adapter(folder: Path, config: DDiTConfig, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """Write the files of an adapter."""
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **metadata})
+def write_adapter(
+    folder: Path, config: DDiTConfig, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write the files of an adapter; ``metadata`` goes into the header of its weights."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **(metadata or {})})
     (folder / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n")
     (folder / "ddit.py").write_bytes(_CODE)
 
@@ -1163,6 +1173,8 @@ def write_adapter(folder: Path, config: DDiTConfig, tensors: dict[str, torch.Ten
 def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
     """Config and tensors of an adapter's folder; raises ValueError where there is none, or its files are no such."""
     path = Path(folder)
+    if not (path / CONFIG).is_file() and (path / "ddit" / CONFIG).is_file():
+        path = path / "ddit"  # beside the pipeline that it is for
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise ValueError(f"{folder} is no folder of an adapter: it has no {CONFIG} and {WEIGHTS}")
     content = json.loads((path / CONFIG).read_text())
@@ -1189,7 +1201,8 @@ def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
     if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS])
+        patterns = [f"{at}{name}" for at in ("", "ddit/") for name in (CONFIG, WEIGHTS)]
+        folder = snapshot_download(str(folder), allow_patterns=patterns)
     config, tensors = load_adapter(folder)
     model = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, config.component, None)
     if model is None:

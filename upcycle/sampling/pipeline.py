@@ -8,11 +8,14 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from upcycle.errors import UpcycleError
+from upcycle.graft.patches import adapter_folder, load
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class
+from upcycle.sampling.patches import put_on
 from upcycle.sources import hub
 from upcycle.sources.student import is_student, load_student
 from upcycle.sources.weight_files import pick_file, read_json, variants
+from upcycle.training.digits import TEACHER
 
 TRANSFORMERS = {"DiTTransformer2DModel": DiTTransformer2DModel}
 VAES = {"IdentityVAE": IdentityVAE, "AutoencoderKL": AutoencoderKL}
@@ -21,15 +24,27 @@ SCHEDULERS = {
 }
 
 
-def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
+def load_pipeline(spec: str, revision: str | None = None, base: str | None = None) -> DiTPipeline:
     """A pipeline folder, an export, or a Hub id -> `DiTPipeline` in fp32, in eval mode.
 
-    Code that lies beside the weights is not run: the classes of this package are used for what it exports.
+    A DDiT adapter beside a pipeline is put on it; an adapter alone on the pipeline ``base``, by default the one that it
+    was made from. Code that lies beside the weights is not run: the classes of this package are used for what it
+    exports.
 
     Raises:
         UpcycleError: nothing there, no pipeline, or a component that is not known.
     """
     folder = Path(spec)
+    adapter = adapter_folder(folder) if folder.is_dir() else None
+    if adapter == folder:
+        theirs = base or load(folder, spec)[0].base
+        if theirs is None:
+            raise UpcycleError(f"{spec} is an adapter that does not say of which model; give that with --base")
+        pipe = load_pipeline(str(TEACHER) if theirs == "digits" else theirs)
+        put_on(pipe, folder, spec)
+        return pipe
+    if base is not None:
+        raise UpcycleError(f"--base {base} is for an adapter alone, and {spec} is none; leave it out")
     if not folder.exists():
         if not hub.is_hub_id(spec):
             raise UpcycleError(f"{spec}: no such folder, and no Hub id (owner/name) either; check it")
@@ -57,7 +72,10 @@ def load_pipeline(spec: str, revision: str | None = None) -> DiTPipeline:
         clamp_null_class(transformer)
     names = index.get("id2label")
     id2label = {int(k): str(v) for k, v in names.items() if k.isdigit()} if isinstance(names, dict) else None
-    return DiTPipeline(transformer, vae, scheduler, id2label=id2label or None)
+    pipe = DiTPipeline(transformer, vae, scheduler, id2label=id2label or None)
+    if adapter:
+        put_on(pipe, adapter, spec)
+    return pipe
 
 
 def load_vae_and_scheduler(spec: str, folder: Path) -> tuple[Any, Any]:

@@ -26,9 +26,10 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe, Stage
 from upcycle.sources import DiTConfig, Source
 from upcycle.sources.weight_files import read_json
+from upcycle.training.chunking import make_optimizer, prepare_student
 from upcycle.training.data import Batch
 from upcycle.training.fsdp import make_accelerator
-from upcycle.training.loop import make_optimizer, place_teacher, prepare_student, teacher_dtype
+from upcycle.training.loop import place_teacher, teacher_dtype
 from upcycle.training.run import check, open_fitting_data, ranks, student_folder
 from upcycle.training.state import RunState
 from upcycle.training.step import Updater

@@ -21,7 +21,8 @@ def make_accelerator(**options: Any) -> Accelerator:
         UpcycleError: FSDP 1, or options of the launcher that do not fit.
     """
     # A weight is used once a forward pass: its bf16 copy need not outlive that use.
-    options = {"kwargs_handlers": [AutocastKwargs(cache_enabled=False)], **options}
+    handlers = [AutocastKwargs(cache_enabled=False), *options.pop("kwargs_handlers", ())]
+    options = {"kwargs_handlers": handlers, **options}
     AcceleratorState._reset_state()  # a run before this one in the same process may have had another precision
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return Accelerator(**options)

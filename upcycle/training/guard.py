@@ -12,7 +12,7 @@ from upcycle.errors import UpcycleError
 from upcycle.recipe import Recipe
 from upcycle.training.data import Batch
 from upcycle.training.state import checkpoints
-from upcycle.training.step import TERMS, Updater
+from upcycle.training.step import TERMS
 
 RUNAWAY_STEPS = 20
 MOST_KEPT, LEAST_KEPT = 0.9, 0.1
@@ -22,7 +22,7 @@ MOST_KEPT, LEAST_KEPT = 0.9, 0.1
 class Guard:
     """Looks at the row of every step; says what a person should know, and ends a run that cannot recover."""
 
-    def __init__(self, recipe: Recipe, updater: Updater, checkpoints: Path):
+    def __init__(self, recipe: Recipe, updater: Any, checkpoints: Path):
         self._recipe, self._updater, self._folder = recipe, updater, checkpoints
         self._away = 0
 
@@ -41,6 +41,8 @@ class Guard:
         yield from self._runaway(row)
 
     def _runaway(self, row: dict[str, Any]) -> Iterator[str]:
+        if "ratio" not in row:
+            return
         ratio = self._updater.student.config.ratio
         kept = 1 / row["ratio"]
         self._away = self._away + 1 if kept > MOST_KEPT or kept < LEAST_KEPT / ratio else 0
@@ -57,7 +59,7 @@ class Guard:
 
         Call on every rank; all return what the first of them with a finding has found.
         """
-        terms = [name for name in ("loss", *TERMS) if not math.isfinite(row[name])]
+        terms = [name for name in ("loss", *TERMS) if not math.isfinite(row.get(name, 0.0))]
         what = f"{', '.join(terms)} not finite" if terms else "the gradient is not finite"
         student, bad = self._updater.student, []
 
@@ -72,7 +74,7 @@ class Guard:
         try:
             alpha = student.alpha_bar(batch.timestep)[:, None, None, None]
             x_t = alpha.sqrt() * batch.x0 + (1 - alpha).sqrt() * batch.noise
-            how = {"guide": row["guide"], "tail_drop": row["tail_drop"]}
+            how = {name: row[name] for name in ("guide", "tail_drop", "m") if name in row}
             with self._updater.accelerator.autocast():
                 sample = student(x_t, batch.timestep, batch.label, **how).sample
         finally:

@@ -11,6 +11,9 @@ from typing import Any
 from upcycle.output import disk_full
 from upcycle.training.state import RunState
 
+TIMES = ("step_seconds", "data_seconds")
+"""Wall time of a step, and what of it was waiting for data."""
+
 
 class Rows:
     """A CSV file with a ``step`` column: new at step 0, else it goes on after the row of ``step``.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import DiTTransformer2DModel
 
 from upcycle.errors import UpcycleError
@@ -22,36 +22,25 @@ from upcycle.graft.pieces import DTYPES
 from upcycle.latents.reader import LatentFolder
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
-from upcycle.training import schedule, state
+from upcycle.training import chunking, patches, state
 from upcycle.training.data import Batch, Draws, TensorData, batches
 from upcycle.training.fsdp import fill_state, is_sharded, make_accelerator
 from upcycle.training.guard import Guard
 from upcycle.training.log import Log
-from upcycle.training.step import TERMS, Updater, parts_of
+from upcycle.training.patches import PatchStudent
 from upcycle.training.watch import Watch
-
-TIMES = ("step_seconds", "data_seconds")
-"""Wall time of a step, and what of it was waiting for data."""
-
-COLUMNS = (
-    "step", "stage", "loss", *TERMS, "ratio", "tokens_kept", "tokens_t0", "tokens_t250", "tokens_t500", "tokens_t750",
-    "tail_drop", "guide", "bias", "lr", "grad_norm", "skipped", *TIMES,
-)  # fmt: skip
-
-
-FROM_TEACHER = {
-    "lean": ("embedders.", "pos_embed.", "transformer_blocks.", "proj_out_1.", "proj_out_2."),
-    "paper": ("embedders.", "transformer_blocks."),
-}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to: the student with its averaged weights (on the CPU, fp32, with the guide of the end), the step
-    that these are of, steps done and skipped, and what was changed in the recipe between a checkpoint and its
-    continuation."""
+    """What a run came to.
 
-    student: ChunkedDiT
+    ``student``: the one with averaged weights (on the CPU, fp32, with the guide of the end), of method ddit the
+    adapter's tensors; the ``step`` that these are of, steps done and skipped, and what was changed in the recipe
+    between a checkpoint and its continuation.
+    """
+
+    student: Any
     step: int
     steps: int
     skipped: int
@@ -62,37 +51,10 @@ class Interrupted(Exception):
     """The run was interrupted after a checkpoint was saved."""
 
 
-def make_optimizer(student: ChunkedDiT, recipe: Recipe, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW with groups for the router, for what comes from the teacher, and for the rest of the scaffold."""
-    o = recipe.optimizer
-    scales = {"router": o.router_lr_scale, "teacher": o.teacher_lr_scale, "scaffold": 1.0}
-    members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in scales}
-    theirs = FROM_TEACHER["lean" if student.config.scaffold == "lean" else "paper"]
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            part = "router" if name.startswith("routing_module.") else "scaffold"
-            members["teacher" if name.startswith(theirs) else part].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "lr_scale": scales[part]} for part, parameters in members.items() if parameters
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.stages[0].lr, betas=o.betas, weight_decay=o.weight_decay, fused=fused)
-
-
-def prepare_student(student: ChunkedDiT, recipe: Recipe) -> None:
-    """Set what trains (a part that every stage freezes never does), checkpointing and compilation."""
-    student.train().requires_grad_(True)
-    always = set.intersection(*(set(stage.freeze) for stage in recipe.stages))
-    for module in parts_of(student, sorted(always)):
-        module.requires_grad_(False)
-    if recipe.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    if recipe.compile:
-        for block in student.transformer_blocks:
-            block.compile(dynamic=True)  # token numbers change from batch to batch
-
-
 def place_teacher(teacher: DiTTransformer2DModel, recipe: Recipe, device: torch.device) -> DiTTransformer2DModel:
-    """The teacher on the device, in a precision of its own."""
+    """The teacher on the device, in a precision of its own; a base with an adapter keeps its own."""
+    if hasattr(teacher, "ddit"):
+        return teacher.to(device).eval()
     return teacher.to(device, teacher_dtype(recipe)).eval().requires_grad_(False)
 
 
@@ -103,7 +65,7 @@ def teacher_dtype(recipe: Recipe) -> torch.dtype:
 
 def train(
     recipe: Recipe,
-    student: ChunkedDiT,
+    student: ChunkedDiT | PatchStudent,
     teacher: DiTTransformer2DModel,
     data: TensorData | LatentFolder,
     out: Path,
@@ -125,14 +87,16 @@ def train(
             gradient is not finite (or all of them), or no space for the checkpoint of an interrupted run.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    accelerator = make_accelerator(
-        mixed_precision=recipe.mixed_precision, log_with=list(recipe.trackers) or None, project_dir=out
-    )
+    method: Any = patches if recipe.method == "ddit" else chunking
+    options: dict[str, Any] = {"log_with": list(recipe.trackers) or None, "project_dir": out}
+    if recipe.method == "ddit":  # a step trains one size
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    accelerator = make_accelerator(mixed_precision=recipe.mixed_precision, **options)
     set_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     config = student.config
-    prepare_student(student, recipe)
-    optimizer = make_optimizer(student, recipe, fused=accelerator.device.type == "cuda")
+    method.prepare_student(student, recipe)
+    optimizer = method.make_optimizer(student, recipe, fused=accelerator.device.type == "cuda")
     teacher = place_teacher(teacher, recipe, accelerator.device)
     model, optimizer = accelerator.prepare(student, optimizer)
     student = accelerator.unwrap_model(model)
@@ -151,7 +115,7 @@ def train(
         else:
             note(f"no checkpoint in {folder} yet: the run starts anew")
 
-    updater = Updater(recipe, accelerator, model, teacher, optimizer, run)
+    updater = method.Updater(recipe, accelerator, model, teacher, optimizer, run)
     guard = Guard(recipe, updater, folder)
     watch = Watch(recipe, accelerator, model, teacher, run, validation, start, out)
     draws = Draws(data, recipe, config.num_train_timesteps, config.num_classes)
@@ -163,7 +127,7 @@ def train(
         accelerator.num_processes,
         pin=accelerator.device.type == "cuda",
     )
-    log = Log(out / "log.csv", COLUMNS, run, recipe.log_every) if accelerator.is_main_process else None
+    log = Log(out / "log.csv", method.COLUMNS, run, recipe.log_every) if accelerator.is_main_process else None
     steps = 0 if watch.ended else recipe.steps - run.step
     try:
         with _StopSignal() as stop:
@@ -216,12 +180,7 @@ def train(
             state.load(accelerator, best, run)
         else:
             note(f"warning: there was no space to save {best}, the best; the last weights are exported instead")
-    weights = run.averaged_weights(student)
-    result = ChunkedDiT.from_config(config)
-    result.load_state_dict(weights)
-    result.guide = schedule.guide(recipe, recipe.steps, updater.start_guide)
-    result.register_to_config(guide=result.guide)
-    return Trained(result.eval().requires_grad_(False), run.step, steps, skipped, changes)
+    return Trained(method.finished(student, run, recipe, updater), run.step, steps, skipped, changes)
 
 
 def _timed(share: Iterator[Batch], device: torch.device, steps: int) -> Iterator[tuple[Batch, float]]:

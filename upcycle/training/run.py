@@ -18,6 +18,7 @@ from diffusers import DiTTransformer2DModel
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
+from upcycle.graft import patches as adapters
 from upcycle.graft.components import with_vae
 from upcycle.graft.convert import convert
 from upcycle.graft.export import export_student
@@ -25,15 +26,18 @@ from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher
 from upcycle.latents.reader import LatentFolder
 from upcycle.latents.vae import describe, load_vae
+from upcycle.models import ddit
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import check_output, disk_full, write_text
 from upcycle.recipe import Recipe
 from upcycle.sources import DiTConfig, Source, hub, open_source
+from upcycle.sources.backbone import open_backbone
 from upcycle.sources.weight_files import read_json
 from upcycle.training import results
 from upcycle.training.data import TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
+from upcycle.training.patches import VARIANCE_SAMPLES, PatchStudent, check_launch, measured_variance
 from upcycle.training.state import checkpoints, clean, newest
 
 
@@ -45,7 +49,7 @@ class Prepared:
     out: Path
     start: Path
     source: Source
-    student: ChunkedDiT
+    student: ChunkedDiT | PatchStudent
     teacher: DiTTransformer2DModel
     data: TensorData | LatentFolder
     validation: TensorData | LatentFolder | None
@@ -90,7 +94,10 @@ def check(recipe: Recipe) -> Source:
     assert isinstance(source.config, DiTConfig)
     if recipe.preview:
         _check_preview(recipe, source)
-    _check_sigma(recipe, source.config)
+    if recipe.method == "dc-dit":
+        _check_sigma(recipe, source.config)
+    elif wrong := check_launch():
+        raise UpcycleError(wrong)
     _check_trackers(recipe)
     return source
 
@@ -120,8 +127,14 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
     lock = Lock(out) if ranks().is_main_process else None
     try:
-        student = _start_student(recipe, source, start, convert_first=recipe.student is None and not begun)
-        teacher = load_teacher(source)
+        first = recipe.student is None and not begun
+        student: ChunkedDiT | PatchStudent
+        if recipe.method == "ddit":
+            student = _start_adapter(recipe, source, start, data, convert_first=first)
+            teacher = student.base
+        else:
+            student = _start_student(recipe, source, start, convert_first=first)
+            teacher = load_teacher(source)
     except BaseException:
         if lock:
             lock.release()
@@ -140,6 +153,34 @@ def _start_student(recipe: Recipe, source: Source, start: Path, *, convert_first
     if student.config.scaffold == "paper" and any("head" in stage.freeze for stage in recipe.stages):
         raise UpcycleError("freeze: the paper scaffold's head is fresh and predicts 0; leave 'head' out")
     return student
+
+
+def _start_adapter(
+    recipe: Recipe, source: Source, start: Path, data: TensorData | LatentFolder, *, convert_first: bool
+) -> PatchStudent:
+    """The base with the adapter of ``start``, which is made first where the recipe names none."""
+    if source.kind != "diffusers":
+        raise UpcycleError(f"teacher {recipe.teacher}: method ddit takes a diffusers folder or a Hub id, no .pt")
+    if convert_first:
+        if ranks().is_main_process:
+            spec = str(TEACHER) if recipe.teacher == "digits" else recipe.teacher
+            options = adapters.Options(tuple(recipe.ddit.patches), recipe.ddit.rank, recipe.ddit.residual)
+            options = dataclasses.replace(options, seed=recipe.seed)
+            backbone = open_backbone(spec, revision=recipe.revision)
+            if recipe.teacher == "digits":
+                backbone = dataclasses.replace(backbone, spec="digits")
+            adapters.convert(adapters.make_plan(backbone, options), start, force=True)
+        ranks().wait_for_everyone()
+    config, tensors = adapters.load(start, f"student {start}")
+    base = load_teacher(source)
+    try:
+        ddit.attach(base, config, tensors)
+    except ValueError as error:
+        raise UpcycleError(f"student {start}: {error}; choose the teacher that it was made from") from error
+    if not config.variance and config.residual:
+        rows = [i * len(data) // VARIANCE_SAMPLES for i in range(VARIANCE_SAMPLES)]
+        config.variance = measured_variance(base, [data.row(i, flip=False, noise=None) for i in dict.fromkeys(rows)])
+    return PatchStudent(base)
 
 
 class Lock:
@@ -345,8 +386,18 @@ def _finetune(
             recipe=recipe.model_dump(mode="json"),
             **_describe_student(recipe, prepared.start),
         )
-        export_student(
-            trained.student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures
-        )
+        if isinstance(prepared.student, PatchStudent):
+            adapters.export(
+                trained.student,
+                prepared.student.base.ddit,
+                prepared.start,
+                export,
+                event=done,
+                evidence=result.evidence,
+            )
+        else:
+            export_student(
+                trained.student, prepared.start, export, event=done, evidence=result.evidence, pictures=result.pictures
+            )
     ranks().wait_for_everyone()
     return export

@@ -128,7 +128,7 @@ def _like(value: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return value.to(own.device)
 
 
-def router_bias(student: ChunkedDiT) -> torch.Tensor | None:
+def router_bias(student: Any) -> torch.Tensor | None:
     """The controller's bias of a lean, learned router; None for the others."""
     return getattr(student.routing_module, "bias", None) if student.routing_module is not None else None
 

@@ -23,6 +23,7 @@ from upcycle.sampling.trajectory import Trajectory
 from upcycle.training import schedule
 from upcycle.training.data import TensorData
 from upcycle.training.log import Rows
+from upcycle.training.patches import PatchStudent
 from upcycle.training.state import RunState
 
 VALIDATION_COLUMNS = (
@@ -135,14 +136,27 @@ class Watch:
     def _measure(self, model: torch.nn.Module) -> Validation:
         a = self._accelerator
         with nullcontext() if model is self._teacher else a.autocast():  # the teacher has a precision of its own
-            mine = validate(
-                model, self._x0, self._labels, self._alpha_bar, rank=a.process_index, ranks=a.num_processes
-            )  # fmt: skip
+            mine = self._at_every_size(model)
         values = torch.tensor([*mine.loss.values(), *mine.tokens.values()], dtype=torch.float64, device=a.device)
         both = a.reduce(values, reduction="mean").tolist()
         return Validation(
             dict(zip(TIMESTEPS, both, strict=False)), dict(zip(TIMESTEPS, both[len(TIMESTEPS) :], strict=True))
         )
+
+    def _at_every_size(self, model: torch.nn.Module) -> Validation:
+        """One validation; of a student with several patch sizes the mean over them."""
+        a, sizes = self._accelerator, (None,)
+        if model is not self._teacher and isinstance(self._student, PatchStudent):
+            sizes = self._student.config.patches
+        found = []
+        for m in sizes:
+            if m is not None:
+                self._student.m = m
+            found.append(
+                validate(model, self._x0, self._labels, self._alpha_bar, rank=a.process_index, ranks=a.num_processes)
+            )
+        loss = {t: sum(one.loss[t] for one in found) / len(found) for t in TIMESTEPS}
+        return Validation(loss, found[0].tokens)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 

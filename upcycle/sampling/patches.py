@@ -1,0 +1,188 @@
+"""Sampling with a DDiT adapter: put it on a pipeline, a fixed schedule from the command line, what a run did and why,
+and a threshold for a wanted speed-up."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from upcycle.errors import UpcycleError
+from upcycle.evaluation.plots import ACCENT, INK, MUTED
+from upcycle.graft.patches import load
+from upcycle.models import ddit
+
+MOST_RUNS = 10
+CLOSE = 0.02
+"""A calibration ends within this share of the wanted speed-up."""
+
+
+def put_on(pipeline: Any, folder: Path, name: str) -> Any:
+    """`ddit.attach` the adapter in ``folder`` to the pipeline's transformer; raises `UpcycleError` where it does not
+    fit."""
+    config, tensors = load(folder, name)
+    model = getattr(pipeline, config.component, None)
+    if model is None:
+        raise UpcycleError(f"{name}: the pipeline has no {config.component}, for which the adapter is")
+    try:
+        ddit.attach(model, config, tensors)
+    except ValueError as error:
+        raise UpcycleError(f"{name}: {error}") from error
+    ddit.follow(model, pipeline)
+    return model
+
+
+def parse_schedule(text: str, patches: list[int]) -> list[tuple[int, float]]:
+    """``4:0.3,2:0.5,1:0.2``: factor and share of the steps, in order; raises `UpcycleError`."""
+    try:
+        schedule = [(int(m), float(share)) for m, share in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        schedule = []
+    shares = [share for _, share in schedule]
+    if not schedule or not all(0 < share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise UpcycleError(
+            f"--schedule {text} is no list of factor:share whose shares add up to 1, such as 4:0.3,2:0.5,1:0.2"
+        )
+    if unknown := [m for m, _ in schedule if m != 1 and m not in patches]:
+        raise UpcycleError(f"--schedule {text}: this model has 1, {', '.join(map(str, patches))}, not {unknown[0]}")
+    return schedule
+
+
+def steps_by_size(log: list[dict[str, Any]]) -> dict[int, int]:
+    """Factor -> steps that ran at it (of a grouped step at its finest)."""
+    sizes = [entry["m"] if isinstance(entry["m"], int) else min(entry["m"]) for entry in log]
+    return {m: sizes.count(m) for m in sorted(set(sizes), reverse=True)}
+
+
+def plot(log: list[dict[str, Any]], threshold: float | None, path: Path) -> None:
+    """The factor of every step, and below it the deviations that it was chosen by, with the threshold."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
+    steps = [entry["step"] for entry in log]
+    sizes = [entry["m"] if isinstance(entry["m"], int) else min(entry["m"]) for entry in log]
+    top.step(steps, sizes, where="mid", color=ACCENT)
+    top.set_yticks(sorted({1, *sizes}))
+    top.set_ylabel("patch x m", color=INK)
+    looked = [entry for entry in log if "deviation" in entry]
+    for style, m in zip(("-", "--", ":"), looked[0]["deviation"] if looked else (), strict=False):
+        values = [max(entry["deviation"][m]) for entry in looked]
+        bottom.plot([entry["step"] for entry in looked], values, style, color=INK, label=f"x{m}, largest of the batch")
+    if threshold:
+        bottom.axhline(threshold, color=ACCENT, linewidth=1, label=f"threshold {threshold:.3g}")
+    if looked:
+        bottom.set_yscale("log")
+        bottom.legend(fontsize=8)
+    else:
+        bottom.text(0.5, 0.5, log[0]["why"] if log else "no step", transform=bottom.transAxes, ha="center", color=MUTED)
+    bottom.set_xlabel("step", color=INK)
+    bottom.set_ylabel("deviation", color=INK)
+    figure.savefig(path, dpi=130)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold, the speed-up of the denoising steps that it gives, and the steps at each size."""
+
+    threshold: float
+    speed_up: float
+    steps: dict[int, int]
+    step_seconds: dict[int, float]
+    variance: dict[str, float]
+
+
+def calibrate(
+    model: Any,
+    draw: Callable[[], torch.Tensor | None],
+    speed_up: float,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Calibration:
+    """Find the threshold at which ``draw``, a whole sampling run of ``model``'s pipeline, is ``speed_up`` times faster.
+
+    The cost of a step at each size is measured once, in runs that stay at it. Thresholds between the deviations of a
+    run at m = 1 are tried by bisection, each in a run of its own, because what is coarse changes what comes after.
+    Where ``draw`` returns the clean latents, s^2 is measured on them (`ddit.outside_variance`).
+
+    Raises:
+        UpcycleError: no threshold is as fast as that.
+    """
+    seconds: dict[int, float] = {}
+    variance: dict[str, float] = {}
+    for m in (1, *model.ddit.patches):
+        with model.at(m), _Timer(model) as timer:
+            latents = draw()
+        seconds[m] = statistics.median(timer.seconds)
+        say(f"a step at m = {m}: {1000 * seconds[m]:.4g} ms")
+        if m == 1 and latents is not None:
+            side = model.switching_layers(model.config).embed.sizes["h"]
+            variance = {str(size): ddit.outside_variance(latents, side, size) for size in model.ddit.patches}
+    if variance:
+        model.ddit.variance = variance
+    schedule = model.set_schedule(threshold=None)
+    schedule.always_look = True
+    draw()
+    values = sorted({max(v) for entry in schedule.log for v in entry.get("deviation", {}).values()})
+    if not values:
+        raise UpcycleError(f"the run has no more than {schedule.order} steps, all of them the finest; take more steps")
+    tried: list[Calibration] = []
+
+    def attempt(threshold: float) -> Calibration:
+        run = model.set_schedule(threshold=threshold)
+        draw()
+        steps = steps_by_size(run.log)
+        cost = sum(seconds[m] * count for m, count in steps.items())
+        tried.append(Calibration(threshold, seconds[1] * sum(steps.values()) / cost, steps, seconds, variance))
+        say(f"threshold {threshold:.4g}: {tried[-1].speed_up:.2f} x, steps {steps}")
+        return tried[-1]
+
+    low, high = max(values[0], values[-1] * 1e-6), values[-1] * 1.001
+    # Coarse steps move the latents in another way than fine ones: more than the largest value may be needed.
+    while (most := attempt(high)).speed_up < speed_up * (1 - CLOSE) and len(tried) < 3:
+        high *= 10
+    if most.speed_up < speed_up * (1 - CLOSE):
+        raise UpcycleError(f"no threshold is {speed_up:g} times as fast: all coarse steps that there can be give "
+                           f"{most.speed_up:.2f}; ask for less, or take more steps")  # fmt: skip
+    while len(tried) < MOST_RUNS and not any(abs(found.speed_up / speed_up - 1) <= CLOSE for found in tried):
+        middle = math.sqrt(low * high)
+        if attempt(middle).speed_up < speed_up:
+            low = middle
+        else:
+            high = middle
+    fast = [found for found in tried if found.speed_up >= speed_up * (1 - CLOSE)]
+    return min(fast, key=lambda found: (found.speed_up, found.threshold))
+
+
+class _Timer:
+    """Seconds of every call of a model, the first left out where there are more."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        self._all: list[float] = []
+
+    @property
+    def seconds(self) -> list[float]:
+        return self._all[1:] or self._all
+
+    def __enter__(self) -> "_Timer":
+        def wait() -> float:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def before(*_: Any) -> None:
+            self._start = wait()
+
+        def after(*_: Any) -> None:
+            self._all.append(wait() - self._start)
+
+        self._hooks = self._model.register_forward_pre_hook(before), self._model.register_forward_hook(after)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()

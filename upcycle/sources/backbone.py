@@ -1,0 +1,167 @@
+"""A base model for DDiT: the transformer of a pipeline, of any class that `upcycle.models.ddit` can coarsen."""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import snapshot_download
+
+from upcycle.errors import UpcycleError
+from upcycle.models.ddit import BACKBONES, Layers
+from upcycle.sources import hub
+from upcycle.sources.description import DiTConfig
+from upcycle.sources.diffusers_folder import IGNORED, inside, licence_of, list_files, read_weights
+from upcycle.sources.dit_config import model_kind, read_dit_config
+from upcycle.sources.tensors import LazyTensor, check_tensors
+from upcycle.sources.weight_files import choose_file, read_json, shards_of
+
+_DESCRIPTIONS = ["*.json", "*/*.json", "README.md", "LICENSE*"]
+# Copies of weights that diffusers does not read where safetensors lie beside them.
+_OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.gguf"]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A base model; nothing but JSON files and headers has been read.
+
+    ``folder`` holds the pipeline, or the transformer alone where ``subfolder`` is "". ``config`` is that of the stock
+    class with its defaults, ``shapes`` are all of its tensors', ``tensors`` those whose files are there (of the Hub
+    perhaps only embedding and head).
+    """
+
+    spec: str
+    name: str
+    folder: Path
+    subfolder: str
+    base_class: str
+    config: Mapping[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    tensors: Mapping[str, LazyTensor]
+    revision: str | None
+    licence: str | None
+    scheduler: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def layers(self) -> Layers:
+        """The layers that switch."""
+        return BACKBONES[self.base_class].switching_layers(self.config)
+
+
+def open_backbone(
+    spec: str,
+    *,
+    component: str = "transformer",
+    revision: str | None = None,
+    variant: str | None = None,
+    whole: bool = True,
+) -> Backbone:
+    """Open a Hub id or a diffusers folder; ``whole``: of the Hub fetch all that the pipeline needs, otherwise only the
+    files that hold embedding and head.
+
+    Raises `UpcycleError` if it cannot be found or read, is another kind of model, or is damaged.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        raise UpcycleError(f"{spec} is a file; --method ddit takes a diffusers folder or a Hub id")
+    if path.is_dir():
+        if revision is not None:
+            raise UpcycleError(f"{spec}: a local path has no revisions; leave --revision out")
+        return _open(spec, path, component, variant, path.resolve().name or "model", None, None)
+    if not hub.is_hub_id(spec):
+        raise UpcycleError(f"{spec or '(empty)'}: no such folder, and no Hub id (owner/name) either; check it")
+    folder = _fetch(spec, revision, _DESCRIPTIONS, None)
+    commit = folder.name
+
+    def bring(names: list[str]) -> None:
+        if whole:
+            _fetch(spec, commit, None, _OTHER_FORMATS)
+        else:
+            _fetch(spec, commit, names, None)
+
+    return _open(spec, folder, component, variant, spec.split("/")[1], commit, bring)
+
+
+def _fetch(spec: str, revision: str | None, allow: list[str] | None, ignore: list[str] | None) -> Path:
+    try:
+        return Path(snapshot_download(spec, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+    except Exception as error:
+        mended = hub.explain(spec, revision, error)
+        if mended is None:
+            raise
+        raise mended from error
+
+
+def _open(
+    spec: str, folder: Path, component: str, variant: str | None, name: str, commit: str | None, bring: Any
+) -> Backbone:
+    subfolder = component if (folder / component / "config.json").is_file() else ""
+    if not (folder / subfolder / "config.json").is_file():
+        shown = ", ".join(sorted({path.split("/")[0] for path in list_files(spec, folder)})[:4]) or "nothing"
+        raise UpcycleError(f"{spec}: neither {component}/config.json nor config.json in it (it holds {shown})")
+    config = read_json(spec, folder / subfolder / "config.json")
+    base_class, full, shapes = _describe(spec, config)
+    layers = BACKBONES[base_class].switching_layers(full)
+    wanted = [f"{layer}.{part}" for layer in (layers.embed.name, layers.head.name) for part in ("weight", "bias")]
+    notes: list[str] = []
+    transformer = folder / subfolder
+    prefix = f"{subfolder}/" if subfolder else ""
+    names = list_files(spec, folder) if bring is None else hub._listing(spec, folder.name, folder)
+    chosen = choose_file(spec, inside(names, subfolder), variant, notes)
+    shards = shards_of(spec, transformer, chosen)
+    if bring is not None:
+        table = read_json(spec, transformer / chosen)["weight_map"] if chosen.endswith(".json") else {}
+        bring([prefix + shard for shard in sorted({table.get(tensor, chosen) for tensor in wanted} & {*shards})])
+    tensors: dict[str, LazyTensor] = {}
+    for shard in shards:
+        if (transformer / shard).is_file():
+            tensors |= {n: tensor for n, tensor in read_weights(transformer / shard).items() if n not in IGNORED}
+    complete = all((transformer / shard).is_file() for shard in shards)
+    expected = shapes if complete else {n: shapes[n] for n in wanted if n in shapes}
+    check_tensors(spec, expected, tensors if complete else {n: t for n, t in tensors.items() if n in expected})
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return Backbone(
+        spec, name, folder, subfolder, base_class, full, shapes, tensors, commit, licence_of(folder / "README.md"),
+        read_json(spec, scheduler) if subfolder and scheduler.is_file() else {}, notes,
+    )  # fmt: skip
+
+
+def _describe(spec: str, config: dict[str, Any]) -> tuple[str, Mapping[str, Any], dict[str, tuple[int, ...]]]:
+    """Class, whole config and shapes of a stock model, from its ``config.json``."""
+    kind = model_kind(config)
+    if kind in ("DiTTransformer2DModel", "Transformer2DModel"):
+        from upcycle.graft.verify import stock_dit
+
+        dit: DiTConfig = read_dit_config(spec, config)
+        with torch.device("meta"):
+            model = stock_dit(dit)
+        kind = "DiTTransformer2DModel"
+    elif kind in BACKBONES:
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+        try:
+            with torch.device("meta"):
+                model = getattr(diffusers, kind)(**options)
+        except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, KeyError) as error:
+            raise UpcycleError(f"{spec}: config.json is no {kind}'s: {' '.join(str(error).split())[:200]}") from error
+    else:
+        known = ", ".join(BACKBONES)
+        raise UpcycleError(f"{spec}: is a {kind}, which --method ddit does not know; it knows {known}")
+    return kind, model.config, {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def copied_files(backbone: Backbone) -> list[str]:
+    """Files of the base that a converted pipeline keeps, relative to its folder."""
+    names = [path.relative_to(backbone.folder).as_posix() for path in backbone.folder.rglob("*") if path.is_file()]
+    names = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))]
+    if backbone.subfolder:
+        names = [name for name in names if "/" in name or name == "model_index.json" or name.startswith("LICENSE")]
+    safe = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors")}
+    return sorted(
+        name
+        for name in names
+        if name.rpartition("/")[0] not in safe or not any(fnmatch.fnmatch(name, other) for other in _OTHER_FORMATS)
+    )
