@@ -34,11 +34,13 @@ import torch.nn.functional as F
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    ModelMixin,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -90,6 +92,8 @@ class DDiTConfig:
     def __post_init__(self):
         if self.base_class not in BACKBONES:
             raise ValueError(f"base_class must be one of {', '.join(BACKBONES)}, got {self.base_class!r}")
+        if not isinstance(self.patches, list) or not isinstance(self.variance, dict):
+            raise ValueError("patches must be a list, and variance a mapping")
         whole = all(isinstance(m, int) and not isinstance(m, bool) and 2 <= m <= 16 for m in self.patches)
         if not self.patches or not whole or sorted(set(self.patches)) != list(self.patches):
             raise ValueError(f"patches must be ascending whole numbers from 2 to 16, got {self.patches}")
@@ -97,15 +101,21 @@ class DDiTConfig:
             raise ValueError(f"rank must be a whole number from 0 to 4096, got {self.rank}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
-        if self.threshold is not None and not self.threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {self.threshold}")
-        if not 0 < self.percentile <= 1:
-            raise ValueError(f"percentile must be above 0 and at most 1, got {self.percentile}")
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+        if self.beta_schedule not in ("linear", "scaled_linear"):
+            raise ValueError(f"beta_schedule must be linear or scaled_linear, got {self.beta_schedule!r}")
+        _check_schedule(self.threshold, self.percentile, self.order)
 
     def variance_of(self, m: int) -> float:
         return float(self.variance.get(str(m), VARIANCE))
+
+
+def _check_schedule(threshold: float | None, percentile: float, order: int) -> None:
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    if not 0 < percentile <= 1:
+        raise ValueError(f"percentile must be above 0 and at most 1, got {percentile}")
+    if order not in (1, 2, 3):
+        raise ValueError(f"order must be 1, 2 or 3, got {order}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,8 +383,7 @@ class PatchSchedule:
     ):
         if policy not in ("min", "grouped"):
             raise ValueError(f"policy must be min or grouped, got {policy!r}")
-        if order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3, got {order}")
+        _check_schedule(threshold, percentile, order)
         for m, _ in fixed or []:
             if m != 1 and m not in patches:
                 raise ValueError(f"the schedule has {m}, and there are 1, {', '.join(map(str, patches))}")
@@ -392,10 +401,10 @@ class PatchSchedule:
         """Forget the run: the next call is the first step of another one. (Its `log` stays until then.)"""
         self._increments: list[torch.Tensor] = []
         self._time: float | None = None
+        self._given_time: float | None = None
         self._latents: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
         self._sizes: list[int] = []
-        self._halves = False
 
     @torch.no_grad()
     def decide(self, sight: Sight) -> list[int]:
@@ -409,16 +418,15 @@ class PatchSchedule:
             same = (self._latents == latents).all().float()
         twins = (latents[:half] == latents[half:]).all().float() if half else torch.zeros_like(same)
         time, same_latents, halves = torch.stack([sight.time.float().max(), same, twins]).tolist()
-        time = self._exact(time)
+        if self._time is not None and time == self._given_time and same_latents:
+            return self._sizes
+        given, time = time, self._exact(time)
         if self._time is not None:
             level, before = self._level(time), self._level(self._time)
-            if time == self._time and same_latents:
-                return self._sizes
             if level >= before or self._latents is None or self._latents.shape != latents.shape:
                 self.reset()
         if self._time is None:
             self.log = []
-        self._halves = bool(halves)
         count = half if halves else batch
         step = len(self.log)
         entry: dict[str, Any] = {"step": step, "time": time}
@@ -426,7 +434,7 @@ class PatchSchedule:
             then, now = (torch.tensor(t, device=latents.device) for t in (self._time, time))
             z, out = self._latents[:count], self._out[:count]
             self._increments = [*self._increments, self.noise.increment(z, out, then, now)][-self.order :]
-        self._time, self._latents, self._out = time, latents, None
+        self._time, self._given_time, self._latents, self._out = time, given, latents, None
         sizes = [1] * count
         if self.fixed:
             sizes = [self._fixed_at(step)] * count
@@ -459,14 +467,24 @@ class PatchSchedule:
         return float(self.noise.levels(torch.tensor(time))[1])
 
     def _exact(self, time: float) -> float:
-        """The sampler's own time: bf16 pipelines round what they pass, and increments are differences."""
+        """The sampler's own time: bf16 pipelines round what they pass, and increments are differences.
+
+        Rounding may take a time nearer to a neighbour, or make two equal: what is not exact is the next of the run.
+        """
         if self.exact_times is None:
             return time
         times = self.exact_times()
-        if not len(times):
+        whole = 1.0 if self.noise.config.prediction == "epsilon" else 1 / self.noise.config.num_train_timesteps
+        near = times[(times - time).abs() <= max(2**-7 * abs(time), whole)]  # some round to whole timesteps
+        if not len(near):
             return time
-        nearest = float(times[(times - time).abs().argmin()])
-        return nearest if abs(nearest - time) <= 2**-7 * max(abs(time), 1e-3) else time
+        nearest = float(near[(near - time).abs().argmin()])
+        if self._time is None or self._given_time is None or time > self._given_time:  # a run begins
+            return nearest
+        later = near[near < self._time]
+        if not len(later) or (nearest < self._time and abs(nearest - time) <= 1e-6 * abs(time)):
+            return nearest
+        return float(later.max())
 
     def _fixed_at(self, step: int) -> int:
         assert self.fixed is not None
@@ -545,14 +563,16 @@ class PatchSwitching:
         """The parameters that are not the base's, by name."""
         return {name: p for name, p in self.named_parameters() if ".coarse." in f".{name}"}  # type: ignore[attr-defined]
 
-    def save_pretrained(self, save_directory, *arguments: Any, **options: Any) -> None:
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at the signature for what they may pass
+    def save_pretrained(self, save_directory, is_main_process=True, *arguments: Any, **options: Any) -> None:
         """Save the base as stock diffusers would, and the adapter beside it."""
+        if is_main_process:
+            save_adapter(self, Path(save_directory))  # first: the stock method may push the folder
         self._base_alone = True
         try:
-            super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
+            super().save_pretrained(save_directory, is_main_process, *arguments, **options)  # type: ignore[misc]
         finally:
             self._base_alone = False
-        save_adapter(self, Path(save_directory))
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         state = super().state_dict(*arguments, **options)  # type: ignore[misc]
@@ -571,7 +591,7 @@ class PatchSwitching:
         active = schedule.threshold is not None or schedule.fixed is not None or schedule.always_look
         sight = self.look(given) if active or self._forced not in (None, 1) else None
         if sight is None:
-            self.switch.m = 1
+            self._turn_to(1)
             return super().forward(**given)  # type: ignore[misc]
         sizes = [self._forced] if self._forced is not None else schedule.decide(sight)
         if len(set(sizes)) == 1:
@@ -583,12 +603,28 @@ class PatchSwitching:
         return Transformer2DModelOutput(sample=out) if given.get("return_dict", True) else (out,)
 
     def _at(self, m: int, given: dict[str, Any], sight: Sight) -> Any:
-        if m != self.switch.m and getattr(self, "is_cache_enabled", False):
-            super()._reset_stateful_cache()  # type: ignore[misc] # caches of tokens do not survive another number of them
-        self.switch.m = m
+        self._turn_to(m)
         if m == 1:
             return super().forward(**{**given, "return_dict": False})[0]  # type: ignore[misc]
+        layers = self.switching_layers(self.config)  # type: ignore[attr-defined]
+        for name in (layers.embed.name, layers.head.name):
+            layer: Any = self.get_submodule(name)  # type: ignore[attr-defined]
+            if hasattr(layer, "base_layer") and not layer.disable_adapters and not layer.merged:
+                raise ValueError(f"the LoRA on {name} is one of fine patches; disable it, or stay at m = 1")
         return self.coarse(m, given, sight)
+
+    def _turn_to(self, m: int) -> None:
+        """Caches of tokens do not survive another number of them. To reset them would also end the
+        ``cache_context`` that this call runs in."""
+        if m != self.switch.m and getattr(self, "is_cache_enabled", False):
+            registries = [layer._diffusers_hook for layer in self.modules() if hasattr(layer, "_diffusers_hook")]  # type: ignore[attr-defined]
+            hooks = [hook for registry in registries for hook in registry.hooks.values()]
+            managers = [value for hook in hooks for value in vars(hook).values() if hasattr(value, "set_context")]
+            contexts = [manager._context for manager in managers]
+            super()._reset_stateful_cache()  # type: ignore[misc]
+            for manager, context in zip(managers, contexts, strict=True):
+                manager.set_context(context)
+        self.switch.m = m
 
     def _grouped(self, sizes: list[int], given: dict[str, Any], sight: Sight) -> Any:
         """One call a size, with the samples that want it."""
@@ -596,7 +632,10 @@ class PatchSwitching:
         parts: dict[int, Any] = {}
         where = {m: [i for i, size in enumerate(sizes) if size == m] for m in sorted(set(sizes))}
         for m, rows in where.items():
-            chosen = {name: _rows(value, rows, batch) for name, value in given.items()}
+            chosen = {
+                name: value if name in ("img_ids", "txt_ids") else _rows(value, rows, batch)  # those are of all samples
+                for name, value in given.items()
+            }
             parts[m] = self._at(m, chosen, Sight(sight.latents[rows], sight.time[rows], sight.patch))
         if isinstance(parts[min(parts)], list):
             out: list[Any] = [None] * batch
@@ -737,7 +776,8 @@ class _Flux(PatchSwitching, FluxTransformer2DModel):
 
     def look(self, given):
         x, ids, timestep = given["hidden_states"], given.get("img_ids"), given.get("timestep")
-        if ids is None or timestep is None or given.get("controlnet_block_samples") is not None:
+        controlled = any(given.get(f"controlnet_{kind}_samples") is not None for kind in ("block", "single_block"))
+        if ids is None or timestep is None or controlled:
             return None
         ids = (ids[0] if ids.ndim == 3 else ids).float()
         # Only a raster of one image can be coarsened: no reference images, no regions.
@@ -1075,7 +1115,7 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
                 if own[key] is None or own[key].shape != value.shape:
                     found = "missing" if own[key] is None else f"of shape {tuple(own[key].shape)}"
                     raise ValueError(f"the adapter does not fit the model: {name}.coarse.{m}.{key} is {found}")
-            made.load_state_dict(own, assign=True)
+            made.load_state_dict({key: value.clone() for key, value in own.items()}, assign=True)
             coarse[str(m)] = made.to(weight.device, dtype).requires_grad_(False)
         ready.append((layer, kind, coarse))
     if left:
@@ -1131,7 +1171,7 @@ def write_adapter(
 
 
 def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of an adapter's folder; raises ValueError where there is none, or its config is no such."""
+    """Config and tensors of an adapter's folder; raises ValueError where there is none, or its files are no such."""
     path = Path(folder)
     if not (path / CONFIG).is_file() and (path / "ddit" / CONFIG).is_file():
         path = path / "ddit"  # beside the pipeline that it is for
@@ -1141,7 +1181,10 @@ def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor
     known = inspect.signature(DDiTConfig).parameters
     if not isinstance(content, dict) or set(content) - set(known):
         raise ValueError(f"{path / CONFIG} holds what this version does not know; update it")
-    return DDiTConfig(**content), load_file(path / WEIGHTS)
+    try:
+        return DDiTConfig(**content), load_file(path / WEIGHTS)
+    except (TypeError, SafetensorError) as e:
+        raise ValueError(f"{folder} holds a damaged adapter: {e}") from e
 
 
 def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
@@ -1164,6 +1207,8 @@ def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
     model = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, config.component, None)
     if model is None:
         raise ValueError(f"the pipeline has no {config.component}")
+    settings = {"threshold": config.threshold, "percentile": config.percentile, "order": config.order} | schedule
+    PatchSchedule(Noise(config), config.patches, **settings)  # raises before anything is changed
     attach(model, config, tensors)
     if not isinstance(pipeline, nn.Module):
         follow(model, pipeline)
@@ -1188,7 +1233,12 @@ def follow(model: Any, pipeline: Any) -> None:
 
     def times() -> torch.Tensor:
         values = torch.as_tensor(pipeline.scheduler.timesteps, device="cpu").float()
-        return values if model.ddit.prediction == "epsilon" else values / scheduler.config.num_train_timesteps
+        if model.ddit.prediction == "epsilon":
+            return values
+        sigmas = getattr(pipeline.scheduler, "sigmas", None)
+        if sigmas is not None and len(sigmas) >= len(values):  # timesteps of UniPC are whole numbers
+            return torch.as_tensor(sigmas, device="cpu").float()[: len(values)]
+        return values / scheduler.config.num_train_timesteps
 
     model.schedule.exact_times = times
     model.schedule.steps = lambda: len(pipeline.scheduler.timesteps)
