@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from upcycle.cli.convert import _parse_patches
+from upcycle.cli.convert_patches import parse_patches
 from upcycle.cli.device import Dtype
 from upcycle.errors import UpcycleError
 
@@ -68,7 +68,7 @@ def bench(
 ) -> None:
     """Time teacher and student in turn: runs, FLOPs, the share of their speed-up that is real, memory, parts."""
     drops, budgets = _parse_drops(tail_drop), _parse_tokens(tokens)
-    factors = list(_parse_patches(patches)) if patches is not None else []
+    factors = list(parse_patches(patches)) if patches is not None else []
     counts = {"--batch": batch, "--steps": steps, "--repeats": repeats, "--size": size, "--layers": layers}
     for name, value in counts.items():
         if value is not None and value < 1:
