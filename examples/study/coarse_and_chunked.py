@@ -60,7 +60,7 @@ def sample(
             time = torch.full((len(both),), t)
             if kind == "coarse":
                 with base.at(value):
-                    out = base(torch.cat([x, x]), time, both).sample[:, :channels]
+                    out = base(torch.cat([x, x]), timestep=time, class_labels=both).sample[:, :channels]
                 flops += 2 * adapter_flops(base, value)
             else:
                 student.set_tail_drop(value)
