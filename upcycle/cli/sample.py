@@ -80,9 +80,10 @@ def sample(
     """Draw samples; the same seed starts from the same noise for teacher and student."""
     if not 0 <= tail_drop < 1:
         raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
-    for name, value in (("--num", num), ("--steps", steps), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise UpcycleError(f"{name} {value} must be at least 1")
+    counts: dict[str, int | None] = {"--num": num, "--steps": steps, "--batch-size": batch_size}
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UpcycleError(f"{name} {number} must be at least 1")
     if steps is not None and steps > 1000:
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
     if tail_drop and tokens is not None:

@@ -63,7 +63,7 @@ def set_schedule(
     order: int | None = None,
     policy: str = "min",
 ) -> None:
-    """What the command line wishes of the schedule; raises `UpcycleError` where ``model``, called ``name``, has none."""
+    """What the command line wishes of the schedule; raises `UpcycleError` where ``model`` (``name``) has none."""
     patches = getattr(model, "ddit", None)
     asked = {"--threshold": threshold, "--schedule": schedule, "--order": order,
              "--policy": None if policy == "min" else policy}  # fmt: skip

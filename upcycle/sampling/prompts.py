@@ -100,9 +100,10 @@ def find(spec: str, revision: str | None = None, base: str | None = None, *, wan
     return Found(spec, spec, revision, KINDS[name], adapter)
 
 
-def _none(spec: str, what: str, wanted: bool) -> None:
+def _none(spec: str, what: str, wanted: bool) -> Found | None:
     if wanted:
         raise UpcycleError(f"{spec} is a {what}, which takes no text; known are {', '.join(KINDS)}")
+    return None
 
 
 def _descriptions(spec: str, revision: str | None) -> tuple[Path | None, str | None]:
@@ -208,6 +209,27 @@ def check_sides(pipe: Any, wish: Settings) -> None:
             raise UpcycleError(f"{name} {side} must be a multiple of {unit}")
 
 
+def latent_shape(pipe: Any, wish: Settings) -> tuple[int, ...]:
+    """Of one sample: (C, H, W), of videos (C, F, H, W)."""
+    if isinstance(pipe, diffusers.WanPipeline):
+        theirs = inspect.signature(type(pipe).__call__).parameters
+        height, width = (_wish_or(theirs, wish.height, "height"), _wish_or(theirs, wish.width, "width"))
+        frames = _wish_or(theirs, wish.frames, "num_frames")
+        scale = pipe.vae_scale_factor_spatial
+        whole = (frames - 1) // pipe.vae_scale_factor_temporal + 1
+        return pipe.transformer.config.in_channels, whole, height // scale, width // scale
+    flux = isinstance(pipe, diffusers.FluxPipeline)
+    scale = pipe.vae_scale_factor
+    default = pipe.default_sample_size * scale if flux else 1024
+    height, width = (2 * ((side or default) // (2 * scale)) for side in (wish.height, wish.width))
+    return pipe.transformer.config.in_channels // (4 if flux else 1), height, width
+
+
+def _wish_or(parameters: Any, value: int | None, name: str) -> int:
+    """The value, or the default of a parameter."""
+    return parameters[name].default if value is None else value
+
+
 def _call(
     pipe: Any, prompts: list[str], seeds: list[int], wish: Settings, on_step: Callable[[], None], **options: Any
 ) -> torch.Tensor:
@@ -243,8 +265,9 @@ def draw_latents(
     """
     out = _call(pipe, prompts, seeds, wish, on_step, output_type="latent", **embeddings)
     if isinstance(pipe, diffusers.FluxPipeline):
-        default = pipe.default_sample_size * pipe.vae_scale_factor
-        out = pipe._unpack_latents(out, wish.height or default, wish.width or default, pipe.vae_scale_factor)
+        _, height, width = latent_shape(pipe, wish)
+        scale = pipe.vae_scale_factor
+        out = pipe._unpack_latents(out, height * scale, width * scale, scale)
     return out.float()
 
 
