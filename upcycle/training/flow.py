@@ -1,0 +1,163 @@
+"""DDiT on models that read text (FLUX.1, Wan, Z-Image): the student of `upcycle.training.patches` with flow matching.
+
+Neither text encoders nor a VAE are needed: embeddings and clean latents come from the data (`PromptFolder`).
+Legend: B samples, C latent channels, F x H x W latent grid, T tokens of text; sigma is the noise level, 0 to 1.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from upcycle.errors import UpcycleError
+from upcycle.latents.prompts import PromptFolder
+from upcycle.models import ddit
+from upcycle.recipe import Recipe
+from upcycle.sources import hub
+from upcycle.sources.backbone import Backbone, backbone_class, open_backbone
+from upcycle.training.patches import VARIANCE_SAMPLES, PatchStudent, measured_variance
+
+NO_EMPTY_PROMPT = "label_dropout is left out: the data has no empty prompt (an empty line of synthesize --prompts)"
+
+
+def text_backbone(recipe: Recipe) -> Backbone | None:
+    """The base of a recipe of method ddit, if it is one that reads text; of the Hub its embedding and head are fetched.
+
+    Raises:
+        UpcycleError: it is damaged, or the recipe has options that are not for it.
+    """
+    if recipe.method != "ddit" or recipe.teacher == "digits":
+        return None
+    if backbone_class(recipe.teacher, recipe.revision) in (None, "DiTTransformer2DModel"):
+        return None
+    if recipe.validation is not None:
+        raise UpcycleError(f"validation: teacher {recipe.teacher} reads text, of which there is none yet; leave it out")
+    return open_backbone(recipe.teacher, revision=recipe.revision, whole=False)
+
+
+def open_prompts(recipe: Recipe, backbone: Backbone) -> PromptFolder:
+    """The data of a recipe; raises `UpcycleError` where it does not fit the base."""
+    data = PromptFolder(recipe.data)
+    data.check_model(backbone.base_class, backbone.config)
+    return data
+
+
+def stored_dtype(recipe: Recipe, backbone: Backbone) -> torch.dtype:
+    """The dtype of the base's files, which it trains in; raises `UpcycleError` where the recipe needs another."""
+    dtype = backbone.tensors[f"{backbone.layers.embed.name}.weight"].dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UpcycleError(f"teacher {recipe.teacher} is stored in {dtype}; method ddit trains on fp32 or bf16")
+    if dtype == torch.bfloat16 and recipe.mixed_precision != "bf16":
+        raise UpcycleError(f"teacher {recipe.teacher} is stored in bf16; give mixed_precision: bf16")
+    return dtype
+
+
+def start_student(
+    recipe: Recipe, backbone: Backbone, data: PromptFolder, config: ddit.DDiTConfig, tensors: dict[str, torch.Tensor],
+    name: str,
+) -> "FlowStudent":  # fmt: skip
+    """The stock transformer in its own dtype with the adapter in fp32; raises `UpcycleError` where it does not fit.
+
+    ``name``: what the adapter is called in errors.
+    """
+    options: dict[str, Any] = {"torch_dtype": stored_dtype(recipe, backbone), "revision": backbone.revision}
+    try:
+        model: Any = getattr(diffusers, backbone.base_class)
+        base = model.from_pretrained(recipe.teacher, subfolder=backbone.subfolder or None, **options)
+    except Exception as error:
+        told = hub.explain(recipe.teacher, recipe.revision, error)
+        if told is None and not isinstance(error, OSError | ValueError | RuntimeError):
+            raise
+        raise told or UpcycleError(f"teacher {recipe.teacher} does not load: {' '.join(str(error).split())}") from error
+    try:
+        ddit.attach(base, config, tensors)
+    except ValueError as error:
+        raise UpcycleError(f"{name}: {error}; choose the teacher that it was made from") from error
+    for key, parameter in base.adapter_parameters().items():
+        parameter.data = tensors[key].float().clone()  # attach rounds to the base's dtype
+    if not config.variance and config.residual:
+        rows = [i * len(data) // VARIANCE_SAMPLES for i in range(VARIANCE_SAMPLES)]
+        config.variance = measured_variance(base, [data.row(i) for i in dict.fromkeys(rows)])
+    return FlowStudent(base, data)
+
+
+class FlowStudent(PatchStudent):
+    """`PatchStudent` of a model that reads text; a label is the number of a prompt."""
+
+    def __init__(self, base: Any, data: PromptFolder):
+        super().__init__(base)
+        self.data = data
+
+    @staticmethod
+    def describe(base: Any) -> SimpleNamespace:
+        """``num_classes`` is set by `use_empty_prompt`: the label that dropout gives."""
+        noise = base.ddit
+        return SimpleNamespace(
+            num_train_timesteps=noise.num_train_timesteps, num_classes=None, patches=tuple(noise.patches)
+        )
+
+    def use_empty_prompt(self) -> bool:
+        """Let label_dropout give the empty prompt; returns whether the data has it."""
+        self.config.num_classes = self.data.empty
+        return self.data.empty is not None
+
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Noise levels fp32 [B] of integer timesteps: the middles of equal parts of 0 to 1."""
+        return (timestep.float() + 0.5) / self.config.num_train_timesteps
+
+    def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
+        return (1 - self.sigma(timestep)) ** 2
+
+    def mix(self, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        sigma = self.sigma(timestep).view(-1, *[1] * (x0.ndim - 1))
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """In the base's own arithmetic: one in bf16 is not one under autocast, whose norms are in fp32."""
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self._is_half):
+            return super().target(x, timestep, label)
+
+    @property
+    def _is_half(self) -> bool:
+        return next(p for name, p in self.base.named_parameters() if name not in self.names).dtype != torch.float32
+
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor, m: int) -> Any:
+        dtype = torch.bfloat16 if self._is_half else torch.float32
+        texts = [
+            {name: value.to(x.device, dtype) for name, value in self.data.embeddings(number).items()}
+            for number in label.tolist()
+        ]
+        given = inputs(self.base, x.to(dtype), self.sigma(timestep), texts, self.data.guidance_scale)
+        with self.base.at(m):
+            out = self.base(**given, return_dict=False)[0]
+        return Transformer2DModelOutput(sample=torch.stack(out) if isinstance(out, list) else out)
+
+
+def inputs(
+    model: Any, x: torch.Tensor, sigma: torch.Tensor, texts: list[dict[str, torch.Tensor]], guidance: float
+) -> dict[str, Any]:
+    """Arguments of a stock transformer as its pipeline gives them.
+
+    Args:
+        x: noisy latents [B, C, H, W], of Wan [B, C, F, H, W]; ``sigma``: their noise levels, fp32 [B].
+        texts: embeddings of each sample (`upcycle.latents.prompts.NAMES`).
+        guidance: what a model with guidance embeddings (FLUX.1-dev) is told.
+    """
+    if isinstance(model, diffusers.ZImageTransformer2DModel):
+        return {"x": list(x[:, :, None]), "t": 1 - sigma, "cap_feats": [text["cap_feats"] for text in texts]}
+    given: dict[str, Any] = {name: torch.stack([text[name] for text in texts]) for name in texts[0]}
+    if isinstance(model, diffusers.WanTransformer3DModel):
+        return {"hidden_states": x, "timestep": sigma * 1000, **given}
+    batch, channels, height, width = x.shape
+    pipeline = diffusers.FluxPipeline
+    tokens = given["encoder_hidden_states"].shape[1]
+    return {
+        "hidden_states": pipeline._pack_latents(x, batch, channels, height, width),
+        "timestep": sigma,
+        "guidance": torch.full_like(sigma, guidance) if model.config.guidance_embeds else None,
+        "img_ids": pipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x.device, x.dtype),
+        "txt_ids": torch.zeros(tokens, 3, device=x.device, dtype=x.dtype),
+        **given,
+    }
