@@ -6,7 +6,8 @@ The teacher's step is that of stock diffusers: noise MSE, clipping, AdamW on eve
 `upcycle finetune`, without what its losses ask of the teacher (``student``), and as shipped recipes have it, with
 distillation and router supervision (``distilled``). No averaging, and no part is frozen. The student keeps exactly
 1 / ratio of the positions, half as many to half as many more from sample to sample, as a learned router does.
-``even`` is the student with the teacher's grid kept, as at its start.
+``even`` is the student with the teacher's grid kept, as at its start. ``ddit`` is an adapter for patches 2 and 4 times
+as large that learns from its own base, a size a step.
 
 Each model lives in a process of its own; the processes take turns, step by step, and medians are compared. On a GPU
 that is wall time and the device's peak memory. On a CPU it is the processor time of one thread, which other work on the
@@ -21,7 +22,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-KINDS = ("teacher", "student", "even", "distilled")
+KINDS = ("teacher", "student", "even", "distilled", "ddit")
 
 
 def teacher_config(options: argparse.Namespace) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def serve(kind: str, options: argparse.Namespace, pipe: Connection) -> None:
     torch.set_num_threads(1)
     device = PartialState(cpu=not torch.cuda.is_available()).device
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    step, before = (fine_tuning if kind == "teacher" else post_training)(kind, options, device)
+    steps = {"teacher": fine_tuning, "ddit": adapter_training}
+    step, before = steps.get(kind, post_training)(kind, options, device)
     while pipe.recv():
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -137,6 +139,43 @@ def post_training(kind: str, options: argparse.Namespace, device: Any) -> tuple[
     run.update = lambda student: None  # type: ignore[method-assign]
     x_t, noise, timestep, label = batch(options, device)
     updater = Updater(recipe, accelerator, model, teacher, optimizer, run)
+    data = Batch(x_t, noise, timestep, label)
+    return (lambda: updater.update(data)), before
+
+
+def adapter_training(kind: str, options: argparse.Namespace, device: Any) -> tuple[Any, int]:
+    """`Updater.update` of method ddit, without the average."""
+    import torch
+
+    from upcycle.graft.verify import stock_dit
+    from upcycle.models import ddit
+    from upcycle.recipe import Recipe
+    from upcycle.sources import DiTConfig
+    from upcycle.training import patches
+    from upcycle.training.data import Batch
+    from upcycle.training.fsdp import make_accelerator
+    from upcycle.training.loop import place_teacher
+    from upcycle.training.state import RunState
+
+    stage = {"name": "step", "steps": 10**6, "losses": {"distill": 1.0}}
+    recipe = Recipe(
+        method="ddit", teacher="none", data="none", out="none", batch_size=options.batch, stages=[stage],
+        mixed_precision=options.precision, gradient_checkpointing=options.checkpointing,
+    )  # fmt: skip
+    accelerator = make_accelerator(mixed_precision=recipe.mixed_precision)
+    torch.zeros(1, device=device)
+    before = peak(device)
+    base = stock_dit(DiTConfig(**teacher_config(options), time_embedding="diffusers"))
+    student = patches.PatchStudent(ddit.attach(base, ddit.DDiTConfig("DiTTransformer2DModel", [2, 4])))
+    patches.prepare_student(student, recipe)
+    optimizer = patches.make_optimizer(student, recipe, fused=device.type == "cuda")
+    base = place_teacher(base, recipe, device)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    run = RunState(accelerator.unwrap_model(model), recipe.ema)
+    run.ema.shadow_params = []
+    run.update = lambda student: None  # type: ignore[method-assign]
+    x_t, noise, timestep, label = batch(options, device)
+    updater = patches.Updater(recipe, accelerator, model, base, optimizer, run)
     data = Batch(x_t, noise, timestep, label)
     return (lambda: updater.update(data)), before
 

@@ -229,6 +229,13 @@ def test_pushing_an_adapter(trained, tmp_path):
     assert set(alone["files"]) == {"ddit.json", "ddit.py", "ddit.safetensors", "README.md"}
 
 
+def test_info(trained, tmp_path):
+    facts = json.loads(inside("info", trained / "export", "--json").stdout)
+    assert (facts["kind"], facts["patches"], facts["rank"]) == ("ddit", [2, 4], 2)
+    assert [event["what"] for event in facts["provenance"]["history"]] == ["convert", "finetune"]
+    assert "an adapter for coarser patches" in inside("info", trained / "export/ddit").stdout
+
+
 def test_damaged_adapters_are_not_pushed(converted, tmp_path, failing):
     shutil.copytree(converted, tmp_path / "x")
     tensors = load_file(tmp_path / "x/ddit/ddit.safetensors")

@@ -765,3 +765,14 @@ print([entry["m"] for entry in model.schedule.log], ddit.__file__)
     assert done.stdout.split("]")[0] == "[1, 1, 1, 4, 4"
     assert str(tmp_path / "alone") in done.stdout
     assert Path(ddit.__file__).read_bytes() == (tmp_path / "adapter" / "ddit.py").read_bytes()
+
+
+def test_models_with_hooks_are_refused_because_hooks_keep_the_old_forward():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    for part in (lambda model: model, lambda model: model.proj_out_2):
+        model = make("dit")
+        add_hook_to_module(part(model), ModelHook())
+        with pytest.raises(ValueError, match="put the adapter on first"):
+            ddit.attach(model, ddit.DDiTConfig("DiTTransformer2DModel", [2]))
+        assert not isinstance(model, ddit.PatchSwitching)

@@ -8,6 +8,7 @@ from typing import Any
 
 from upcycle import provenance
 from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
+from upcycle.graft.patches import adapter_folder, load
 from upcycle.graft.plan import full_config
 from upcycle.sources import SHAPES, DCDiTConfig, DiTConfig, StudentConfig, hub, open_source
 from upcycle.sources.diffusers_folder import licence_of
@@ -31,12 +32,17 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
         UpcycleError: nothing there, another kind of model, damaged files; see `open_source`.
     """
     path = Path(spec).expanduser()
+    adapter = adapter_folder(path) if path.is_dir() else None
+    if adapter == path:
+        return _adapter(spec, path) | {"provenance": provenance.read(path)}
     if path.is_file() and is_student(path):
         student = open_student(path)
         origin = provenance.from_header(student.metadata)
         licence = (origin or {"base": {}})["base"].get("licence")
         return _facts(spec, StudentConfig(student.config), _headers(student.tensors), None, licence, origin)
     if path.exists() or not hub.is_hub_id(spec):
+        if adapter:
+            return _adapter(spec, adapter) | {"provenance": provenance.read(path)}
         source = open_source(spec, revision=revision)
         return _facts(spec, source.config, _headers(source.tensors), source.revision, source.licence, source.origin)
     seen = hub.peek(spec, revision=revision)
@@ -45,6 +51,30 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
         origin = provenance.from_header(seen.metadata or {})
     licence = (origin or {"base": {}})["base"].get("licence") or licence_of(seen.folder / "README.md")
     return _facts(spec, seen.layout.config, seen.tensors, seen.commit, licence, origin)
+
+
+def _adapter(spec: str, folder: Path) -> dict[str, Any]:
+    """Facts of a DDiT adapter, alone or beside its base."""
+    config, tensors = load(folder, spec)
+    origin = provenance.read(folder) or provenance.read(folder.parent) or {"base": {}}
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[DTYPE_NAMES[tensor.dtype]] += tensor.numel()
+    return {
+        "model": spec,
+        "kind": "ddit",
+        "revision": None,
+        "licence": origin["base"].get("licence"),
+        "base": config.base,
+        "base_class": config.base_class,
+        "patches": config.patches,
+        "rank": config.rank,
+        "threshold": config.threshold,
+        "calibration": config.calibration,
+        "parameters": dtypes.total(),
+        "dtypes": dict(dtypes),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+    }
 
 
 def _headers(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from upcycle.cli.convert_patches import parse_patches
 from upcycle.cli.device import Dtype
 from upcycle.errors import UpcycleError
 
@@ -13,26 +14,44 @@ EPILOG = """
   upcycle bench --shape XL/2\n
   upcycle bench runs/xl4/export --teacher facebook/DiT-XL-2-256 --device cuda --dtype bf16 --batch 32\n
   upcycle bench --shape S/2 --size 64 --tail-drop 0,0.4,0.6 --json\n
+  upcycle bench --shape XL/2 --patches 2,4 --schedule 4:0.3,2:0.5,1:0.2 --steps 10\n
+  upcycle bench DiT-XL-2-256-ddit --device cuda --dtype bf16\n
 \n
 Speed hardly depends on weights: --shape takes random ones, with a router that keeps 1/ratio of the positions.\n
+With --patches they get an adapter for coarser patches. A model that has one is compared with its own base.\n
 """
 
 
+TAIL_DROPS = "0,0.3,0.6"
 MOST_BUDGETS = 6  # torch compiles a function for eight kinds of arguments at most
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="An export, or the Hub id of one.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="An export, or the Hub id of one; or a folder of a DiT with an adapter (ddit)."
+        ),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(help="Instead of a model: random weights, S/2 to XL/8 (teacher's patch size).")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(metavar="ID|DIR", help="Stock DiT to compare with. Default: random weights.")
+        str | None,
+        typer.Option(
+            metavar="ID|DIR", help="Stock DiT to compare with. Default: random weights; an adapter's own base."
+        ),
     ] = None,
     size: Annotated[int, typer.Option(help="--shape: side of the latents; 32 is 256 px.")] = 32,
     ratio: Annotated[float | None, typer.Option(help="--shape: positions per token. Default: patch squared.")] = None,
     layers: Annotated[int | None, typer.Option(help="--shape: fewer blocks than the shape has.")] = None,
-    tail_drop: Annotated[str, typer.Option(metavar="ρ,ρ", help="Tail drops of the student.")] = "0,0.3,0.6",
+    patches: Annotated[
+        str | None, typer.Option(metavar="m,m", help="--shape: a DiT with an adapter for patches m times as large.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(metavar="m:share,...", help="ddit: runs with factors for shares of the steps too.")
+    ] = None,
+    tail_drop: Annotated[str, typer.Option(metavar="ρ,ρ", help="Tail drops of the student.")] = TAIL_DROPS,
     uncond_tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Of the unconditional half, Lite-CFG.")] = 0.9,
     tokens: Annotated[
         str | None, typer.Option(metavar="M,M", help="Fixed budgets to measure too, tokens of every sample.")
@@ -49,6 +68,7 @@ def bench(
 ) -> None:
     """Time teacher and student in turn: runs, FLOPs, the share of their speed-up that is real, memory, parts."""
     drops, budgets = _parse_drops(tail_drop), _parse_tokens(tokens)
+    factors = list(parse_patches(patches)) if patches is not None else []
     counts = {"--batch": batch, "--steps": steps, "--repeats": repeats, "--size": size, "--layers": layers}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -61,6 +81,10 @@ def bench(
         raise UpcycleError("give either a model or --shape, such as --shape XL/2")
     if model and (ratio is not None or layers is not None or size != 32):
         raise UpcycleError("--size, --ratio and --layers are for --shape; a model has its own")
+    if model and patches is not None:
+        raise UpcycleError("--patches is for --shape; an adapter has its own")
+    if patches is not None and ratio is not None:
+        raise UpcycleError("--ratio is of a student that chunks, --patches of one that does not; give one of them")
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks on stderr
 
@@ -71,9 +95,24 @@ def bench(
     with working("loading"):
         from upcycle.evaluation import bench as measuring
         from upcycle.evaluation.speed import machine
+        from upcycle.models import ddit
+        from upcycle.sampling.patches import parse_schedule
 
-        settings = measuring.Settings(batch, steps, repeats, drops, uncond_tail_drop, budgets)
-        theirs, student = _from_shape(shape, size, ratio, layers) if shape else _from_model(str(model), teacher)
+        if shape and factors:
+            config = ddit.DDiTConfig("DiTTransformer2DModel", factors)
+            student = ddit.attach(_stock(shape, size, layers), config)
+            theirs = _base_of(student)
+        else:
+            theirs, student = _from_shape(shape, size, ratio, layers) if shape else _from_model(str(model), teacher)
+        coarse: Any = getattr(student, "ddit", None)
+        if coarse and (budgets or tail_drop != TAIL_DROPS):
+            raise UpcycleError("--tokens and --tail-drop are of a student that chunks; this one takes coarser patches")
+        if schedule is not None and not coarse:
+            raise UpcycleError(
+                "--schedule is of a DiT with an adapter for coarser patches; with --shape give --patches"
+            )
+        fixed = tuple(parse_schedule(schedule, coarse.patches)) if schedule is not None else ()
+        settings = measuring.Settings(batch, steps, repeats, drops, uncond_tail_drop, budgets, fixed)
         if shape and teacher:
             theirs = _teacher(teacher)
         if teacher:
@@ -86,7 +125,7 @@ def bench(
         if budgets and max(budgets) > student.config.sample_size**2:
             raise UpcycleError(f"--tokens {max(budgets)}: this model keeps at most {student.config.sample_size**2}")
         models = [to_device(m, device).to(torch_dtype(dtype)).eval().requires_grad_(False) for m in (theirs, student)]
-        for module in (getattr(student, name) for name in student._keep_in_fp32_modules):
+        for module in (getattr(student, name) for name in student._keep_in_fp32_modules or []):
             if module is not None:
                 module.float()  # as from_pretrained keeps it
         if compile_:
@@ -129,8 +168,24 @@ def _parse_tokens(text: str | None) -> tuple[int, ...]:
 
 def _from_shape(shape: str, size: int, ratio: float | None, layers: int | None) -> tuple[Any, Any]:
     from upcycle.evaluation.speed import keep_tokens
-    from upcycle.graft.verify import stock_dit
     from upcycle.models.chunked_dit import ChunkedDiT
+
+    teacher = _stock(shape, size, layers)
+    c = teacher.config
+    kept = c.patch_size**2 if ratio is None else ratio
+    if not 1 <= kept <= size**2:
+        raise UpcycleError(f"--ratio {kept:g} must be between 1 and the {size**2} positions")
+    keys = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "out_channels", "sample_size",
+            "patch_size", "norm_eps")  # fmt: skip
+    common = {key: c[key] for key in keys}
+    student = ChunkedDiT(**common, num_classes=c.num_embeds_ada_norm, ratio=kept, guide=0.0)
+    keep_tokens(student, size**2 / kept)
+    return teacher, student
+
+
+def _stock(shape: str, size: int, layers: int | None) -> Any:
+    """A stock DiT of this shape, random weights."""
+    from upcycle.graft.verify import stock_dit
     from upcycle.sources import SHAPES, DiTConfig
 
     name, _, patch = shape.partition("/")
@@ -145,24 +200,34 @@ def _from_shape(shape: str, size: int, ratio: float | None, layers: int | None) 
         "num_attention_heads": heads, "attention_head_dim": head_dim, "num_layers": layers or depth, "in_channels": 4,
         "out_channels": 8, "sample_size": size, "patch_size": int(patch), "num_classes": 1000, "norm_eps": 1e-5,
     }  # fmt: skip
-    kept = int(patch) ** 2 if ratio is None else ratio
-    if not 1 <= kept <= size**2:
-        raise UpcycleError(f"--ratio {kept:g} must be between 1 and the {size**2} positions")
-    student = ChunkedDiT(**common, ratio=kept, guide=0.0)
-    keep_tokens(student, size**2 / kept)
-    return stock_dit(DiTConfig(**common, time_embedding="diffusers")), student
+    return stock_dit(DiTConfig(**common, time_embedding="diffusers"))
+
+
+def _base_of(student: Any) -> Any:
+    """The stock DiT below an adapter, with the same weights."""
+    from diffusers import DiTTransformer2DModel
+
+    base = DiTTransformer2DModel.from_config(dict(student.config))
+    state = student.state_dict()
+    base.load_state_dict({name: state[name] for name in base.state_dict()}, assign=True)
+    return base
 
 
 def _from_model(model: str, teacher: str | None) -> tuple[Any, Any]:
     from pathlib import Path
 
+    from upcycle.graft.patches import adapter_folder
     from upcycle.graft.verify import stock_dit
+    from upcycle.sampling.pipeline import load_pipeline
     from upcycle.sources import DiTConfig, hub
     from upcycle.sources.student import load_student
 
     path = Path(model)
     if not path.exists() and hub.is_hub_id(model):
         path, _ = hub.fetch(model, revision=None, variant=None)
+    if adapter_folder(path):
+        student = load_pipeline(model).transformer
+        return _teacher(teacher) if teacher else _base_of(student), student
     student = load_student(path)
     if teacher:
         return _teacher(teacher), student

@@ -75,9 +75,13 @@ def convert(
                  "--router": None if router == "predictability" else router}  # fmt: skip
         if wrong := next((name for name, value in given.items() if value is not None), None):
             raise UpcycleError(f"{wrong} is for --method dc-dit; leave it out")
-        _convert_patches(source, out, _parse_patches(patches), 32 if rank is None else rank, adapter_only,
-                         component or "transformer", revision, variant, seed, not no_verify, dry_run, as_json,
-                         force)  # fmt: skip
+        from upcycle.cli.convert_patches import convert_patches, parse_patches
+
+        convert_patches(
+            source, out, parse_patches(patches), 32 if rank is None else rank, component or "transformer",
+            adapter_only=adapter_only, revision=revision, variant=variant, seed=seed, verify=not no_verify,
+            dry_run=dry_run, as_json=as_json, force=force,
+        )  # fmt: skip
         return
     ours = {"--patches": patches, "--rank": rank, "--adapter-only": adapter_only or None, "--component": component}
     if wrong := next((name for name, value in ours.items() if value is not None), None):
@@ -127,87 +131,6 @@ def convert(
             f"{verify.EXACT_TOLERANCE:.0e} is right; this is a fault of upcycle, not yours"
         )
         raise typer.Exit(1)
-
-
-def _parse_patches(text: str | None) -> tuple[int, ...]:
-    try:
-        patches = tuple(int(part) for part in text.split(",")) if text is not None else (2, 4)
-    except ValueError:
-        patches = ()
-    if not patches or list(patches) != sorted(set(patches)) or patches[0] < 2 or patches[-1] > 16:
-        raise UpcycleError(f"--patches {text} is not a list of ascending factors from 2 to 16, such as 2,4")
-    return patches
-
-
-def _convert_patches(
-    source: str,
-    out: Path | None,
-    patches: tuple[int, ...],
-    rank: int,
-    adapter_only: bool,
-    component: str,
-    revision: str | None,
-    variant: str | None,
-    seed: int,
-    verify: bool,
-    dry_run: bool,
-    as_json: bool,
-    force: bool,
-) -> None:
-    from upcycle.cli.show import count, print_json, progress, quiet_libraries, size, stdout, working
-
-    quiet_libraries()
-    with working(f"reading {source}"):
-        from upcycle.graft import patches as surgery
-        from upcycle.output import check_output
-        from upcycle.sources.backbone import open_backbone
-
-        if out is not None and not dry_run:
-            check_output(out, force)
-        whole = not adapter_only and not dry_run
-        opened = open_backbone(source, component=component, revision=revision, variant=variant, whole=whole)
-        options = surgery.Options(patches, rank, component=component, seed=seed)
-        made = surgery.make_plan(opened, options, adapter_only=adapter_only)
-    out = out or Path(f"{opened.name}-ddit")
-    share = made.parameters["fresh"] / made.parameters["reused"]
-    facts = {
-        "out": str(out), "method": "ddit", "base_class": opened.base_class, "patches": list(patches), "rank": rank,
-        "parameters": made.parameters, "adapter_share": share, "adapter_only": adapter_only,
-        "licence": opened.licence, "notes": made.notes,
-    }  # fmt: skip
-    errors = None
-    if not dry_run:
-        check_output(out, force, keep=(opened.folder,) if os.path.exists(source) else ())
-        with progress() as bar:
-            task = bar.add_task("converting", total=len(made.files) + 1)
-            surgery.convert(made, out, force=force, written=lambda n: bar.advance(task))
-        if verify and opened.base_class == "DiTTransformer2DModel":
-            with working("comparing with the base"):
-                from upcycle.evaluation.coarse import before_training
-
-                errors = before_training(opened, made)
-        facts |= {"exact_at_1": errors["exact"] if errors else None,
-                  "relative_error": errors["by_level"] if errors else None}  # fmt: skip
-    if as_json:
-        print_json(facts if not dry_run else facts | {"writes": {"files": made.files, "bytes": made.bytes}})
-        return
-    stdout.print(
-        f"{source} -> {out}" if dry_run else f"{opened.base_class}, patches x {', x '.join(map(str, patches))}"
-    )
-    stdout.print(
-        f"adapter: {count(made.parameters['fresh'])} parameters, {share:.1%} of the base; writes {size(made.bytes)}"
-    )
-    if errors:
-        stdout.print(f"at m = 1: {'the bits of the base' if errors['exact'] else 'not the bits of the base'}")
-        for m, levels in errors["by_level"].items():
-            shown = ", ".join(f"t={t}: {value:.0%}" for t, value in levels.items())
-            stdout.print(f"relative error at m = {m}, untrained: {shown}")
-    for note in made.notes:
-        stdout.print(f"note: {note}")
-    if opened.licence:
-        stdout.print(f"licence, inherited from the base: {opened.licence}")
-    if not dry_run:
-        stdout.print(str(out), style="bold")
 
 
 def default_name(name: str, ratio: float, kind: str) -> str:

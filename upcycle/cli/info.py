@@ -34,30 +34,14 @@ def info(
 def _show(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from upcycle.cli.show import count, size, stdout
+    from upcycle.cli.show import stdout
 
-    shape = facts["shape"]
     table = Table(show_header=False)
     table.add_row("model", facts["model"] + (f" at {facts['revision'][:12]}" if facts["revision"] else ""))
-    table.add_row("kind", facts["kind"] + (f", {shape['name']}" if shape["name"] else ""))
-    patch = f", patch {shape['patch_size']}" if shape["patch_size"] else ""
-    table.add_row("blocks", f"{shape['layers']} of width {shape['width']}, {shape['heads']} heads{patch}")
-    grid = shape["sample_size"]
-    table.add_row("input", f"{shape['in_channels']} x {grid} x {grid}, {shape['num_classes']} classes")
-    if facts["parameters"] is None:
-        table.add_row("parameters", "not known without downloading: the weights are a pickle")
+    if facts["kind"] == "ddit":
+        _add_adapter(table, facts)
     else:
-        kinds = ", ".join(facts["dtypes"])
-        table.add_row("parameters", f"{count(facts['parameters']).strip()} ({kinds}), {size(facts['bytes'])}")
-    if facts["kind"] == "student":
-        table.add_row("scaffold", f"{facts['scaffold']}, {facts['router']} router")
-        table.add_row("ratio", f"{facts['ratio']:g}: about {grid**2 / facts['ratio']:.0f} of {grid**2} tokens")
-        drops = facts["tail_drop"]
-        trained = ", ".join(f"{rho:g}" for rho in drops["trained_with"] or []) or "none"
-        table.add_row("tail drop", f"{drops['default']:g} by default; trained with {trained}")
-    for rho, value in (facts["flops_per_image"] or {}).items():
-        at = f", ρ={rho}" if facts["kind"] == "student" else ""
-        table.add_row(f"FLOPs per image{at}", count(value).strip())
+        _add_shape(table, facts)
     table.add_row("licence", facts["licence"] or "not known")
     if origin := facts["provenance"]:
         base = origin["base"]
@@ -77,5 +61,44 @@ def _show(facts: dict[str, Any]) -> None:
     elif facts["kind"] == "student":
         table.add_row("provenance", "not recorded")
     stdout.print(table, soft_wrap=False)
-    if facts["flops_per_image"]:
+    if facts.get("flops_per_image"):
         stdout.print("FLOPs: the papers' counting, 250 steps, unguided")
+
+
+def _add_shape(table: Any, facts: dict[str, Any]) -> None:
+    from upcycle.cli.show import count, size
+
+    shape = facts["shape"]
+    table.add_row("kind", facts["kind"] + (f", {shape['name']}" if shape["name"] else ""))
+    patch = f", patch {shape['patch_size']}" if shape["patch_size"] else ""
+    table.add_row("blocks", f"{shape['layers']} of width {shape['width']}, {shape['heads']} heads{patch}")
+    grid = shape["sample_size"]
+    table.add_row("input", f"{shape['in_channels']} x {grid} x {grid}, {shape['num_classes']} classes")
+    if facts["parameters"] is None:
+        table.add_row("parameters", "not known without downloading: the weights are a pickle")
+    else:
+        kinds = ", ".join(facts["dtypes"])
+        table.add_row("parameters", f"{count(facts['parameters']).strip()} ({kinds}), {size(facts['bytes'])}")
+    if facts["kind"] == "student":
+        table.add_row("scaffold", f"{facts['scaffold']}, {facts['router']} router")
+        table.add_row("ratio", f"{facts['ratio']:g}: about {grid**2 / facts['ratio']:.0f} of {grid**2} tokens")
+        drops = facts["tail_drop"]
+        trained = ", ".join(f"{rho:g}" for rho in drops["trained_with"] or []) or "none"
+        table.add_row("tail drop", f"{drops['default']:g} by default; trained with {trained}")
+    for rho, value in (facts["flops_per_image"] or {}).items():
+        at = f", ρ={rho}" if facts["kind"] == "student" else ""
+        table.add_row(f"FLOPs per image{at}", count(value).strip())
+
+
+def _add_adapter(table: Any, facts: dict[str, Any]) -> None:
+    from upcycle.cli.show import count, size
+
+    table.add_row("kind", "an adapter for coarser patches (DDiT)")
+    table.add_row("for", f"{facts['base'] or 'not known'}, a {facts['base_class']}")
+    table.add_row("patches", f"x {', x '.join(map(str, facts['patches']))}; rank {facts['rank']}")
+    found = facts["calibration"]
+    at = f": {found['speed_up']} x in {found['steps']} steps" if found else ""
+    table.add_row("threshold", "none yet; upcycle calibrate" if facts["threshold"] is None else
+                  f"{facts['threshold']:.4g}{at}")  # fmt: skip
+    kinds = ", ".join(facts["dtypes"])
+    table.add_row("parameters", f"{count(facts['parameters']).strip()} ({kinds}), {size(facts['bytes'])}")

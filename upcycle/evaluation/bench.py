@@ -1,9 +1,13 @@
-"""How fast a student is beside its teacher: whole sampling runs, interleaved in one process."""
+"""How fast a student is beside its teacher: whole sampling runs, interleaved in one process.
+
+A student is a `ChunkedDiT`, or a DiT with an adapter for coarser patches (`upcycle.models.ddit`).
+"""
 
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +16,9 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
+from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, embedder_flops
 from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.models.ddit import DDiTConfig, PatchSwitching
 
 PARTS = ("encode", "route", "chunk", "embed_tokens", "run_blocks", "head", "dechunk", "decode")
 """Methods of a lean `ChunkedDiT` that are timed one by one; what is left is the embedders."""
@@ -25,7 +30,7 @@ class Settings:
 
     ``batch`` images at a time, ``steps`` DDIM steps a run, ``repeats`` rounds of runs after one that warms up.
     ``tail_drops``: the student's ρ; ``uncond_tail_drop`` that of the unconditional half under Lite-CFG; ``tokens``:
-    fixed budgets.
+    fixed budgets. ``schedule``: factors of a DiT with an adapter for shares of the steps, in order.
     """
 
     batch: int = 1
@@ -34,11 +39,15 @@ class Settings:
     tail_drops: tuple[float, ...] = (0.0, 0.3, 0.6)
     uncond_tail_drop: float = 0.9
     tokens: tuple[int, ...] = ()
+    schedule: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
 class Variant:
-    """A model and how it is called; ``guided`` ones get each image twice, with its class and with the null class."""
+    """A model and how it is called; ``guided`` ones get each image twice, with its class and with the null class.
+
+    A DiT with an adapter runs at the factor ``patches``, or takes turns as its ``schedule`` says.
+    """
 
     name: str
     model: torch.nn.Module
@@ -47,15 +56,33 @@ class Variant:
     uncond_tail_drop: float | None = None
     tokens: int | None = None
     compiled: bool = False
+    patches: int = 1
+    schedule: tuple[tuple[int, float], ...] = ()
     seconds: list[float] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def student(self) -> bool:
-        return isinstance(self.model, ChunkedDiT)
+        return self.switches or isinstance(self.model, ChunkedDiT)
+
+    @property
+    def switches(self) -> bool:
+        """Whether it has an adapter."""
+        return isinstance(self.model, PatchSwitching)
+
+    def begin(self, steps: int) -> None:
+        """Before a run of ``steps`` calls."""
+        self.kept.clear()
+        if self.switches:
+            self.model.set_patches(None if self.schedule else self.patches)
+            self.model.set_schedule(fixed=[*self.schedule] or None, steps=steps)
 
     def call(self, x: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The model's whole output; remembers the tokens that were kept."""
+        if self.switches:
+            out = self.model(x, timestep=timestep, class_labels=labels).sample
+            self.kept.append(torch.full((len(x),), grid_tokens(self.model.config, self.model.switch.m)))
+            return out
         if not isinstance(self.model, ChunkedDiT):
             return self.model(x, timestep, labels).sample
         self.model.set_tail_drop(self.tail_drop)
@@ -72,9 +99,21 @@ class Variant:
 
 
 def variants_of(
-    teacher: DiTTransformer2DModel, student: ChunkedDiT, settings: Settings, *, compiled: bool = False
+    teacher: DiTTransformer2DModel, student: Any, settings: Settings, *, compiled: bool = False
 ) -> list[Variant]:
-    """Teacher and student at every ρ and fixed budget, then both under guidance, the student with Lite-CFG too."""
+    """Teacher and student at every ρ and fixed budget, then both under guidance, the student with Lite-CFG too.
+
+    A DiT with an adapter: at every factor and under its schedule, without guidance and with it.
+    """
+    if isinstance(student, PatchSwitching):
+        both = []
+        for guided in (False, True):
+            ending = ", guided" if guided else ""
+            both.append(Variant(f"teacher{ending}", teacher, guided))
+            both += [Variant(f"student, x{m}{ending}", student, guided, patches=m) for m in (1, *student.ddit.patches)]
+            if settings.schedule:
+                both.append(Variant(f"student, schedule{ending}", student, guided, schedule=settings.schedule))
+        return both
     plain = [Variant(f"student, ρ={rho:g}", student, tail_drop=rho) for rho in settings.tail_drops]
     fixed = [Variant(f"student, {n} tokens", student, tokens=n, compiled=compiled) for n in settings.tokens]
     lite = f"student, guided, Lite-CFG {settings.uncond_tail_drop:g}"
@@ -91,13 +130,14 @@ def variants_of(
 @torch.inference_mode()
 def bench(
     teacher: DiTTransformer2DModel,
-    student: ChunkedDiT,
+    student: Any,
     settings: Settings,
     *,
     compiled: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measure; both models lie on one device in one dtype. ``step`` is called after every run.
+    """Measure; both models lie on one device in one dtype. ``step`` is called after every run. ``student``: a
+    `ChunkedDiT`, or a stock DiT with an adapter.
 
     ``compiled``: compile the whole forward of fixed budgets.
 
@@ -126,14 +166,20 @@ def bench(
         own["flops_times_teacher"] = own["flops_per_image"] / base["flops_per_image"]
         own["realised_share"] = own["flops_times_teacher"] / own["times_teacher"]
     parts = {}
-    if student.config.scaffold == "lean":
+    if isinstance(student, ChunkedDiT) and student.config.scaffold == "lean":
         plain = [v for v in variants if v.student and not v.guided and v.tokens is None]
         for variant in plain:
             by_part = seconds_by_part(variant, settings, device, dtype)
             whole = sum(by_part.values())
             parts[f"{variant.tail_drop:g}"] = {name: value / whole for name, value in by_part.items()}
-    student.set_tokens(None)
-    return {"variants": results, "parts": parts, "flops_cross_check": _cross_check(variants[1], device, dtype)}
+    checked = max((v for v in variants if not v.guided and not v.schedule), key=lambda v: (v.student, v.patches))
+    check = _cross_check(checked, device, dtype)
+    if isinstance(student, ChunkedDiT):
+        student.set_tokens(None)
+    else:
+        student.set_patches(None)
+        student.set_schedule()
+    return {"variants": results, "parts": parts, "flops_cross_check": check}
 
 
 def _inputs(
@@ -141,7 +187,7 @@ def _inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise [batch, C, H, W] from a fixed seed, and labels, twice with the null class where guided."""
     c = variant.model.config
-    classes = c.num_classes if variant.student else c.num_embeds_ada_norm
+    classes = _config(c)["num_classes"]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, c.in_channels, c.sample_size, c.sample_size, generator=generator)
     labels = torch.arange(batch) * 7 % classes
@@ -150,12 +196,47 @@ def _inputs(
     return x.to(device, dtype), labels.to(device)
 
 
+def _config(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Of either class, with the classes under one name."""
+    return {**c, "num_classes": c["num_classes"] if "num_classes" in c else c["num_embeds_ada_norm"]}
+
+
+def grid_tokens(c: Mapping[str, Any], m: int) -> int:
+    """Tokens of a DiT at the factor ``m``; a last patch that is not whole is padded."""
+    return (-(-c["sample_size"] // (m * c["patch_size"]))) ** 2
+
+
+def ddit_flops(c: Mapping[str, Any], m: int, adapter: DDiTConfig) -> float:
+    """One forward of one sample of a DiT with an adapter: a DiT of larger patches, and at m > 1 the switch-LoRA of both
+    feed-forward layers and the residual."""
+    P, tokens = m * c["patch_size"], grid_tokens(c, m)
+    side = P * math.isqrt(tokens)
+    base = dit_flops({**_config(c), "patch_size": P, "sample_size": side})
+    if m == 1:
+        return base
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    lora = 2 * adapter.rank * 2 * (width + 4 * width) * tokens * c["num_layers"]
+    return base + lora + (4 * P * c["in_channels"] * side**2 if adapter.residual else 0)
+
+
+def _flops(variant: Variant, tokens: float) -> float:
+    """One forward of one sample that kept so many."""
+    c = variant.model.config
+    if isinstance(variant.model, ChunkedDiT):
+        return sum(chunked_dit_flops(c, tokens).values())
+    if variant.switches:
+        sizes = [m for m, _ in variant.schedule] or [variant.patches]
+        m = next(m for m in sizes if grid_tokens(c, m) == tokens)
+        return ddit_flops(c, m, variant.model.ddit)
+    return dit_flops(_config(c))
+
+
 def _run(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of a sampling run."""
     x, labels = _inputs(variant, settings.batch, device, dtype)
     scheduler = DDIMScheduler(clip_sample=False)
     scheduler.set_timesteps(settings.steps)
-    variant.kept.clear()
+    variant.begin(settings.steps)
     _wait(device)
     start = time.perf_counter()
     for t in scheduler.timesteps.tolist():
@@ -180,11 +261,11 @@ def _result(variant: Variant, settings: Settings, device: torch.device, dtype: t
     c = variant.model.config
     if variant.student:
         kept = torch.stack(variant.kept).flatten().tolist()
-        forward = statistics.mean(sum(chunked_dit_flops(c, n).values()) for n in kept)
+        forward = statistics.mean(_flops(variant, n) for n in kept)
         tokens = statistics.mean(kept)
     else:
-        forward = dit_flops({**c, "num_classes": c.num_embeds_ada_norm})
-        tokens = (c.sample_size // c.patch_size) ** 2
+        forward = _flops(variant, 0)
+        tokens = grid_tokens(c, 1)
     return {
         "ms_per_forward": 1000 * seconds / settings.steps,
         "images_per_second": settings.batch / seconds,
@@ -197,6 +278,9 @@ def _result(variant: Variant, settings: Settings, device: torch.device, dtype: t
 def _once(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
     x, labels = _inputs(variant, settings.batch, device, dtype)
     x = torch.cat([x, x]) if variant.guided else x
+    variant.begin(1)
+    if variant.schedule:  # the largest of its calls
+        variant.model.set_patches(min(m for m, _ in variant.schedule))
     variant.call(x, torch.full((len(x),), 500, device=device), labels)
 
 
@@ -257,11 +341,12 @@ def _timed(model: torch.nn.Module, seconds: dict[str, float], device: torch.devi
 def _cross_check(variant: Variant, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """One forward of one sample, attention left out of both where torch's counter does not see it."""
     c = variant.model.config
-    variant.kept.clear()
     with FlopCounterMode(display=False) as counter:
         _once(variant, Settings(batch=1), device, dtype)
     tokens = int(variant.kept[-1][0])
-    ours = sum(chunked_dit_flops(c, tokens).values())
+    ours = _flops(variant, tokens)
+    if variant.switches:  # stock blocks and the head embed the timestep each for itself; the papers count it once
+        ours += c.num_layers * embedder_flops(c.num_attention_heads * c.attention_head_dim)
     seen = counter.get_flop_counts()["Global"]
     if not any("attention" in str(op) for op in seen):
         ours -= c.num_layers * c.num_attention_heads * tokens**2 * (4 * c.attention_head_dim + 3)

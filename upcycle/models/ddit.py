@@ -364,7 +364,8 @@ class PatchSchedule:
         threshold: tau; None: never coarse.
         percentile: epsilon.
         order: of the difference, 1 to 3; as many first steps are the finest.
-        fixed: [(m, share of the steps)] in order, in place of a decision.
+        fixed: [(m, share of the steps)] in order, in place of a decision. Calls are counted: a cache that skips some
+            from outside of the model makes it lag.
         steps: how many a run has, for ``fixed``; `apply` asks the pipeline's scheduler.
         policy: "min": one size for the batch, the smallest that any sample wants; "grouped": one call a size.
     """
@@ -409,7 +410,7 @@ class PatchSchedule:
     @torch.no_grad()
     def decide(self, sight: Sight) -> list[int]:
         """The factor of every sample. A call at the same noise level with the same latents is another branch of the
-        guidance of one step, and gets the same answer. Reads from the device once."""
+        guidance of one step, and gets the same answer. Reads from the device once, and again for deviations."""
         latents = sight.latents.detach()
         batch = latents.shape[0]
         half = batch // 2 if batch % 2 == 0 else 0
@@ -430,7 +431,10 @@ class PatchSchedule:
         count = half if halves else batch
         step = len(self.log)
         entry: dict[str, Any] = {"step": step, "time": time}
-        if self._time is not None and self._out is not None and self._latents is not None:
+        moved = self._time is not None and self._out is not None and self._latents is not None
+        if moved and not self.fixed:
+            assert self._latents is not None
+            assert self._out is not None
             then, now = (torch.tensor(t, device=latents.device) for t in (self._time, time))
             z, out = self._latents[:count], self._out[:count]
             self._increments = [*self._increments, self.noise.increment(z, out, then, now)][-self.order :]
@@ -1103,6 +1107,7 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
     if config.rank:
         kinds |= dict.fromkeys(_feed_forward(layers, shapes), SwitchLoRA)
     ready = []
+    _check_unhooked(model)
     for name, kind in kinds.items():
         layer: Any = _layer(model, name)
         weight = layer.weight
@@ -1117,6 +1122,7 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
                     raise ValueError(f"the adapter does not fit the model: {name}.coarse.{m}.{key} is {found}")
             made.load_state_dict({key: value.clone() for key, value in own.items()}, assign=True)
             coarse[str(m)] = made.to(weight.device, dtype).requires_grad_(False)
+        _check_unhooked(layer)
         ready.append((layer, kind, coarse))
     if left:
         raise ValueError(f"the adapter does not fit the model: it has {min(left)}, which the model has no place for")
@@ -1132,6 +1138,12 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
     model.switch, model.ddit, model.noise, model._projectors = switch, config, Noise(config), {}
     model.set_schedule()
     return model
+
+
+def _check_unhooked(module: Any) -> None:
+    """Hooks of accelerate and diffusers keep the forward of the class that they found."""
+    if "forward" in vars(module):
+        raise ValueError("the model has hooks already (offloading, a cache); put the adapter on first, then those")
 
 
 def _coarse_layer(layer: Any, kind: type, layers: Layers, name: str, m: int, rank: int) -> nn.Module:
