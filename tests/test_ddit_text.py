@@ -191,7 +191,11 @@ def trained(made, tmp_path_factory):
     """Runs of 40 steps, by kind."""
     folder = tmp_path_factory.mktemp("trained")
     for kind in KINDS:
-        path = recipe(made, kind, folder / kind, stages=[{**STAGE, "steps": 40}], label_dropout=0.2)
+        (folder / "held-out.txt").write_text("a blue fox\na red house\n")
+        given = ("--prompts", folder / "held-out.txt", "--count", 4, "--steps", 3, *sides(kind))
+        inside("synthesize", made / kind, *given, "-o", folder / f"{kind}-held-out")
+        changes = {"label_dropout": 0.2, "validation": {"data": str(folder / f"{kind}-held-out"), "every": 10}}
+        path = recipe(made, kind, folder / kind, stages=[{**STAGE, "steps": 40}], **changes)
         inside("finetune", path)
     return folder
 
@@ -213,6 +217,9 @@ def errors(model, kind, data):
 def test_a_trained_adapter_is_nearer_to_its_base(made, trained, kind):
     assert names_in(trained / kind / "export") == ["ddit.json", "ddit.py", "ddit.safetensors", "upcycle.json"]
     assert {row["m"] for row in rows_of(trained / kind / "log.csv")} == {"2", "4"}
+    far = [float(row["student"]) for row in rows_of(trained / kind / "validation.csv")]
+    assert len(far) == 4
+    assert far[-1] < far[0] < 2
     data = PromptFolder(made / f"{kind}-latents")
     found = []
     for folder in (trained / kind / "start", trained / kind / "export"):
@@ -355,7 +362,7 @@ def test_bad_input_of_training(made, world, tmp_path, failing):
     for changes, says in (
         ({"data": str(world / "data")}, "has no prompts"),
         ({"data": str(made / "wan-latents")}, "has texts of widths"),
-        ({"validation": {"data": str(made / "flux-latents")}}, "reads text"),
+        ({"validation": {"data": str(made / "wan-latents")}}, "has texts of widths"),
         ({"student": str(made / "wan-ddit"), "ddit": None}, "the adapter is for WanTransformer3DModel"),
     ):
         assert says in failing("finetune", recipe(made, "flux", tmp_path / "run", **changes))

@@ -4,6 +4,9 @@ Neither text encoders nor a VAE are needed: embeddings and clean latents come fr
 Legend: B samples, C latent channels, F x H x W latent grid, T tokens of text; sigma is the noise level, 0 to 1.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from upcycle.errors import UpcycleError
+from upcycle.evaluation.validation import TIMESTEPS, Validation
 from upcycle.latents.prompts import PromptFolder
 from upcycle.models import ddit
 from upcycle.recipe import Recipe
@@ -32,14 +36,12 @@ def text_backbone(recipe: Recipe) -> Backbone | None:
         return None
     if backbone_class(recipe.teacher, recipe.revision) in (None, "DiTTransformer2DModel"):
         return None
-    if recipe.validation is not None:
-        raise UpcycleError(f"validation: teacher {recipe.teacher} reads text, of which there is none yet; leave it out")
     return open_backbone(recipe.teacher, revision=recipe.revision, whole=False)
 
 
-def open_prompts(recipe: Recipe, backbone: Backbone) -> PromptFolder:
-    """The data of a recipe; raises `UpcycleError` where it does not fit the base."""
-    data = PromptFolder(recipe.data)
+def open_prompts(spec: str, backbone: Backbone) -> PromptFolder:
+    """Data of a recipe; raises `UpcycleError` where it does not fit the base."""
+    data = PromptFolder(spec)
     data.check_model(backbone.base_class, backbone.config)
     return data
 
@@ -90,6 +92,15 @@ class FlowStudent(PatchStudent):
         super().__init__(base)
         self.data = data
 
+    @contextmanager
+    def reading(self, data: PromptFolder) -> Iterator[None]:
+        """Labels are numbers of these prompts inside the block."""
+        before, self.data = self.data, data
+        try:
+            yield
+        finally:
+            self.data = before
+
     @staticmethod
     def describe(base: Any) -> SimpleNamespace:
         """``num_classes`` is set by `use_empty_prompt`: the label that dropout gives."""
@@ -133,6 +144,45 @@ class FlowStudent(PatchStudent):
         with self.base.at(m):
             out = self.base(**given, return_dict=False)[0]
         return Transformer2DModelOutput(sample=torch.stack(out) if isinstance(out, list) else out)
+
+
+@torch.no_grad()
+def distance(
+    model: torch.nn.Module,
+    student: FlowStudent,
+    x0: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    batch: int,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Validation:
+    """How far the size ``student.m`` is from the base: the relative root mean square error of a sample, by noise level.
+
+    Args:
+        model: the student as accelerate prepared it.
+        x0: [n, ...] on the CPU; labels: int64 [n].
+        batch: samples at a time; rank, ranks: as in `upcycle.evaluation.validation.validate`.
+    """
+    device = next(student.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(rank, -(-len(x0) // ranks) * ranks, ranks)
+    share = (rows < len(x0)) * (ranks / len(x0))  # the last ranks may have one less, and measure another in its place
+    rows = rows.clamp(max=len(x0) - 1)
+    loss = {}
+    for t in TIMESTEPS:
+        noise = torch.randn(x0.shape, generator=generator)
+        far = torch.zeros((), device=device)
+        for some, weight in zip(rows.split(batch), share.to(device).split(batch), strict=True):
+            timestep = torch.full((len(some),), t * student.config.num_train_timesteps // 1000, device=device)
+            label = labels[some].to(device)
+            x = student.mix(x0[some].to(device), noise[some].to(device), timestep)
+            expected = student.target(x, timestep, label).float()
+            error = model(x, timestep, label).sample.float() - expected
+            far += weight @ (error.square().flatten(1).mean(1) / expected.square().flatten(1).mean(1)).sqrt()
+        loss[t] = far.item()
+    return Validation(loss, dict.fromkeys(TIMESTEPS, math.nan))
 
 
 def inputs(

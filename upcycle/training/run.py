@@ -132,8 +132,10 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
         raise UpcycleError(f"{out} holds a run already; continue it with --resume, or choose another 'out'")
     source = check(recipe)
     data: TensorData | LatentFolder
+    validation: TensorData | LatentFolder | None
     if isinstance(source, Backbone):
-        data, validation = flow.open_prompts(recipe, source), None
+        data = flow.open_prompts(recipe.data, source)
+        validation = flow.open_prompts(recipe.validation.data, source) if recipe.validation else None
     else:
         data = open_fitting_data(recipe.data, source)
         validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
