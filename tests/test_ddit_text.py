@@ -7,10 +7,11 @@ import shutil
 import pytest
 import tiny_text
 import torch
-from conftest import inside
+from conftest import inside, run
 from diffusers import DiffusionPipeline
+from fake_hub import FakeHub
 from PIL import Image
-from runs import names_in, rows_of, same
+from runs import names_in, rows_of, same, start
 from safetensors.torch import load_file, save_file
 from tiny_text import KINDS, SIDES
 
@@ -295,6 +296,38 @@ def test_without_an_empty_prompt_no_label_is_dropped(made, tmp_path):
     inside("synthesize", made / "flux", "--prompts", tmp_path / "one.txt", *given)
     path = recipe(made, "flux", tmp_path / "run", data=str(tmp_path / "latents"), label_dropout=1.0)
     assert "label_dropout is left out" in inside("finetune", path).stderr
+
+
+def test_two_ranks_learn_what_one_learns(made, tmp_path):
+    inside("finetune", recipe(made, "z-image", tmp_path / "one"))
+    process = start(recipe(made, "z-image", tmp_path / "two"), ranks=2)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    one, two = (load_file(tmp_path / name / "export/ddit.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_of_a_base_on_the_hub_training_downloads_the_transformer_alone(made, tmp_path):
+    with FakeHub() as hub:
+        hub.add("lab/flux", made / "flux")
+        environment = hub.env(tmp_path / "home")
+        path = recipe(made, "flux", tmp_path / "run", teacher="lab/flux", stages=[{**STAGE, "steps": 1}])
+        run("finetune", path, env=environment)
+        fetched = [name for name in hub.downloads() if name.endswith(".safetensors")]
+        assert fetched == ["transformer/diffusion_pytorch_model.safetensors"]
+        config, _ = ddit.load_adapter(tmp_path / "run/export")
+        assert (config.base, len(str(config.base_revision))) == ("lab/flux", 40)
+        hub.add("lab/adapter", tmp_path / "run/export")
+        words = ("--prompt", "a red fox", "--steps", 2, *sides("flux"), "--schedule", "2:1")
+        run("sample", "lab/adapter", *words, "-o", tmp_path / "hub", env=environment)
+    inside("sample", tmp_path / "run/export", "--base", made / "flux", *words, "-o", tmp_path / "local")
+    assert (tmp_path / "hub/samples.png").read_bytes() == (tmp_path / "local/samples.png").read_bytes()
+
+
+def test_pushing_what_was_trained(trained):
+    done = json.loads(inside("push-to-hub", trained / "wan/export", "you/x", "--dry-run", "--json").stdout)
+    assert set(done["files"]) == {"ddit.json", "ddit.py", "ddit.safetensors", "upcycle.json", "README.md"}
 
 
 # -- calibrate --------------------------------------------------------------------------------------------------------
