@@ -17,6 +17,7 @@ from tiny_text import KINDS, SIDES
 
 from upcycle.latents.prompts import PromptFolder
 from upcycle.models import ddit
+from upcycle.recipe import load_recipe
 from upcycle.sampling import prompts
 from upcycle.training import flow
 
@@ -276,14 +277,27 @@ def test_a_continued_run_ends_where_an_uninterrupted_one_ends(made, kind, tmp_pa
     assert rows_of(tmp_path / "whole/log.csv")[-1]["distill"] == rows_of(tmp_path / "cut/log.csv")[-1]["distill"]
 
 
-def test_a_base_in_bf16_trains_an_adapter_in_fp32(made, tmp_path, failing):
-    shutil.copytree(made / "flux", tmp_path / "half")
+@each_kind
+def test_a_base_in_bf16_trains_an_adapter_in_fp32(made, kind, tmp_path, failing):
+    shutil.copytree(made / kind, tmp_path / "half")
     weights = tmp_path / "half/transformer/diffusion_pytorch_model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     given = {"teacher": str(tmp_path / "half"), "gradient_accumulation": 2, "gradient_checkpointing": True}
     says = "is stored in bf16; give mixed_precision: bf16"
-    assert says in failing("finetune", recipe(made, "flux", tmp_path / "no", **given))
-    inside("finetune", recipe(made, "flux", tmp_path / "run", mixed_precision="bf16", **given))
+    assert says in failing("finetune", recipe(made, kind, tmp_path / "no", **given))
+    inside("finetune", recipe(made, kind, tmp_path / "run", mixed_precision="bf16", **given))
+    loaded = load_recipe(tmp_path / "run.yaml")
+    assert flow.stored_dtype(loaded, flow.text_backbone(loaded)) == torch.bfloat16
+    model = DiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.bfloat16).transformer
+    data, timestep = PromptFolder(made / f"{kind}-latents"), torch.tensor([700])
+    x, texts = data.row(0)[None], [{name: value.bfloat16() for name, value in data.embeddings(0).items()}]
+    given = flow.inputs(model, x.bfloat16(), (timestep + 0.5) / 1000, texts, data.guidance_scale)
+    with torch.no_grad():
+        expected = model(**given, return_dict=False)[0]
+    ddit.apply(model, tmp_path / "run/export")
+    with torch.autocast("cpu", torch.bfloat16):
+        target = flow.FlowStudent(model, data).target(x, timestep, data.labels[:1])
+    assert torch.equal(target[0], expected[0]), "the target is the stock model's in bf16, not one under autocast"
     before, after = (load_file(tmp_path / f"run/{name}/ddit.safetensors") for name in ("start", "export"))
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(moved) > len(before) / 2

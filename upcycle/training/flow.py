@@ -91,6 +91,8 @@ class FlowStudent(PatchStudent):
     def __init__(self, base: Any, data: PromptFolder):
         super().__init__(base)
         self.data = data
+        # Of the embedding: some parameters stay in fp32 in a model in bf16, and the adapter does.
+        self.dtype = base.get_submodule(base.switching_layers(base.config).embed.name).weight.dtype
 
     @contextmanager
     def reading(self, data: PromptFolder) -> Iterator[None]:
@@ -127,20 +129,16 @@ class FlowStudent(PatchStudent):
 
     def target(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """In the base's own arithmetic: one in bf16 is not one under autocast, whose norms are in fp32."""
-        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not self._is_half):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and self.dtype == torch.float32):
             return super().target(x, timestep, label)
 
-    @property
-    def _is_half(self) -> bool:
-        return next(p for name, p in self.base.named_parameters() if name not in self.names).dtype != torch.float32
-
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor, m: int) -> Any:
-        dtype = torch.bfloat16 if self._is_half else torch.float32
         texts = [
-            {name: value.to(x.device, dtype) for name, value in self.data.embeddings(number).items()}
+            {name: value.to(x.device, self.dtype) for name, value in self.data.embeddings(number).items()}
             for number in label.tolist()
         ]
-        given = inputs(self.base, x.to(dtype), self.sigma(timestep), texts, self.data.guidance_scale)
+        given = inputs(self.base, x.to(self.dtype), self.sigma(timestep), texts, self.data.guidance_scale)
         with self.base.at(m):
             out = self.base(**given, return_dict=False)[0]
         return Transformer2DModelOutput(sample=torch.stack(out) if isinstance(out, list) else out)
