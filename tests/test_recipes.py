@@ -33,6 +33,7 @@ PROMISED = [
     "xl4-paper",
     "xl4-no-data",
     "ddit-xl",
+    "ddit-flux",
     "ddit-digits",
 ]
 SIZES = {"s": (6, 64, 12), "b": (12, 64, 12), "l": (16, 64, 24), "xl": (16, 72, 28)}  # heads, head width, layers

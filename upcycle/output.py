@@ -18,7 +18,7 @@ EXPORT = r"model_index\.json|transformer|vae|scheduler|upcycle\.json|README\.md|
 ADAPTER = r"ddit\.(json|safetensors|py)|upcycle\.json|README\.md|images"
 WITH_ADAPTER = rf"{EXPORT}|ddit|LICENSE.*|(text|image)_encoder(_\d)?|tokenizer(_\d)?|transformer_2|feature_extractor"
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
-SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|patches\.(json|png)"
+SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|prompt\d+-seed\d+\.(png|gif)|patches\.(json|png)"
 
 # How libraries say it that hide the error number; the last two are torch.save's.
 DISK_FULL = ("No space left", "File too large", "Disk quota exceeded", "unexpected pos", "iostream error")

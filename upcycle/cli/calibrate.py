@@ -2,17 +2,20 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from upcycle.cli.device import Dtype
 from upcycle.errors import UpcycleError
 
 EPILOG = """
 [bold]Examples[/bold]\n
   upcycle calibrate DiT-XL-2-256-ddit --speed-up 2\n
   upcycle calibrate runs/ddit-digits/export --speed-up 1.5 --steps 20 --classes 0,1,2,3\n
+  upcycle calibrate FLUX.1-dev-ddit --speed-up 2 --steps 28 --prompt 'a red fox' --prompt 'an old house'\n
 """
 
 
@@ -22,8 +25,22 @@ def calibrate(
     classes: Annotated[
         str | None, typer.Option(help="Class ids or names to sample, separated by commas. Default: the first four.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps that it is for.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 4.0,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What to draw, of FLUX.1, Wan and Z-Image; again for more.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps that it is for. Default: 50, with a prompt the pipeline's own.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance; 1 is none. Default: 4, with a prompt the pipeline's own."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="With a prompt: pixels. Default: the pipeline's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="With a prompt: pixels. Default: the pipeline's own.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of a video. Default: the pipeline's own.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="With a prompt: of weights and arithmetic. Default: bf16 on CUDA, else fp32.")
+    ] = None,
     cost: Annotated[
         Literal["time", "tokens"], typer.Option(help="Of a step: its time here, or its share of the tokens.")
     ] = "time",
@@ -34,38 +51,77 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Measure steps and deviations on these classes, sampler and steps, and store the threshold with the adapter.
+    """Measure steps and deviations on these classes (or prompts), and store the threshold with the adapter.
 
     A threshold holds for the sampler and the number of steps that it was chosen for: more steps move the latents less
     in each.
     """
     if not 1 < speed_up < math.inf:
         raise UpcycleError(f"--speed-up {speed_up:g} must be more than 1, such as 1.5")
-    if not 1 <= steps <= 1000:
+    if steps is not None and not 1 <= steps <= 1000:
         raise UpcycleError(f"--steps {steps} must be from 1 to 1000, the training's timesteps")
     if not os.path.isdir(model):
         raise UpcycleError(f"{model}: no such folder; give one that convert --method ddit or finetune made")
 
-    from upcycle.cli.device import to_device
     from upcycle.cli.show import print_json, quiet_libraries, stderr, stdout, working
 
     quiet_libraries()
     with working(f"loading {model}"):
-        from upcycle.cli.sample import parse_classes
         from upcycle.graft.patches import adapter_folder, update
         from upcycle.sampling import patches
-        from upcycle.sampling.draw import draw
-        from upcycle.sampling.pipeline import class_count, load_pipeline
+        from upcycle.sampling.prompts import find
 
         folder = adapter_folder(Path(model))
         if folder is None:
             raise UpcycleError(f"{model} holds no adapter for coarser patches; make one with convert --method ddit")
-        pipe = load_pipeline(model, base=base)
-        count = class_count(pipe)
-        labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(4, count)))
-        to_device(pipe, device)
+        found = find(model, base=base, wanted=prompt is not None)
+        only = {"--height": height, "--width": width, "--num-frames": num_frames, "--dtype": dtype}
+        if found is None and (wrong := next((name for name, value in only.items() if value is not None), None)):
+            raise UpcycleError(f"{model} draws classes; {wrong} is for pipelines with text, leave it out")
+        if found is not None and classes is not None:
+            raise UpcycleError(f"{model} draws from text, with --prompt; leave out --classes")
+        if found is None:
+            pipe, run, what = _of_classes(model, base, classes, steps or 50, guidance_scale, seed, device)
+        else:
+            options = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width,
+                       "frames": num_frames}  # fmt: skip
+            pipe, run, what = _of_prompts(found, prompt or [], options, seed, dtype, device)
+    done = patches.calibrate(pipe.transformer, run, speed_up, by_tokens=cost == "tokens", say=stderr.print)
+    stated = {
+        "speed_up": round(done.speed_up, 3), "asked": speed_up, "cost": cost,
+        "sampler": type(pipe.scheduler).__name__, **what, "seed": seed, "steps_by_size": done.steps,
+    }  # fmt: skip
+    update(Path(model), folder, threshold=done.threshold, variance=done.variance, calibration=stated)
+    if as_json:
+        print_json({"out": str(folder / "ddit.json"), "threshold": done.threshold,
+                    "step_cost": done.step_cost, **stated})  # fmt: skip
+        return
+    shown = ", ".join(f"x{m}: {n}" for m, n in done.steps.items())
+    stdout.print(f"threshold {done.threshold:.4g}: {done.speed_up:.2f} x in the denoising steps ({shown})")
+    stdout.print(str(folder / "ddit.json"), style="bold")
+
+
+def _of_classes(
+    model: str,
+    base: str | None,
+    classes: str | None,
+    steps: int,
+    guidance_scale: float | None,
+    seed: int,
+    device: str | None,
+) -> tuple[Any, Callable[[], Any], dict[str, Any]]:
+    """The pipeline of a class-conditional DiT, a run of it that returns the clean latents, and what is run."""
+    from upcycle.cli.device import to_device
+    from upcycle.cli.sample import parse_classes
+    from upcycle.sampling.draw import draw
+    from upcycle.sampling.pipeline import class_count, load_pipeline
+
+    scale = 4.0 if guidance_scale is None else guidance_scale
+    pipe = load_pipeline(model, base=base)
+    count = class_count(pipe)
+    labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(4, count)))
+    to_device(pipe, device)
     pipe.set_progress_bar_config(disable=True)
-    transformer: Any = pipe.transformer
     seeds = [seed + i for i in range(len(labels))]
     latents: list[Any] = []
     decode = pipe.vae.decode
@@ -75,21 +131,32 @@ def calibrate(
         return decode(z, *arguments, **options)
 
     def run() -> Any:
-        draw(pipe, labels, seeds, steps, guidance_scale)
+        draw(pipe, labels, seeds, steps, scale)
         return latents[0].float()
 
     pipe.vae.decode = keep
-    found = patches.calibrate(transformer, run, speed_up, by_tokens=cost == "tokens", say=stderr.print)
-    stated = {
-        "speed_up": round(found.speed_up, 3), "asked": speed_up, "cost": cost, "steps": steps,
-        "guidance_scale": guidance_scale,
-        "sampler": type(pipe.scheduler).__name__, "classes": labels, "seed": seed, "steps_by_size": found.steps,
+    return pipe, run, {"steps": steps, "guidance_scale": scale, "classes": labels}
+
+
+def _of_prompts(
+    found: Any, prompts: list[str], options: dict[str, Any], seed: int, dtype: Dtype | None, device: str | None
+) -> tuple[Any, Callable[[], Any], dict[str, Any]]:
+    """As `_of_classes`, of a pipeline that reads text; ``options``: of `upcycle.sampling.prompts.settings`."""
+    from upcycle.cli.device import to_device, torch_dtype
+    from upcycle.sampling import prompts as text
+
+    if not prompts:
+        raise UpcycleError(f"{found.spec} draws from text; give it with --prompt TEXT")
+    wish = text.settings(found, **options)
+    pipe = text.load_text_pipeline(found, torch_dtype(dtype) if dtype else text.default_dtype(device))
+    text.check_sides(pipe, wish)
+    to_device(pipe, device)
+    seeds = [seed + i for i in range(len(prompts))]
+
+    def run() -> Any:
+        return text.draw_latents(pipe, prompts, seeds, wish)
+
+    return pipe, run, {
+        "steps": wish.steps, "guidance_scale": wish.guidance_scale, "prompts": prompts,
+        "sample_shape": list(text.latent_shape(pipe, wish)),
     }  # fmt: skip
-    update(Path(model), folder, threshold=found.threshold, variance=found.variance, calibration=stated)
-    if as_json:
-        print_json({"out": str(folder / "ddit.json"), "threshold": found.threshold,
-                    "step_cost": found.step_cost, **stated})  # fmt: skip
-        return
-    shown = ", ".join(f"x{m}: {n}" for m, n in found.steps.items())
-    stdout.print(f"threshold {found.threshold:.4g}: {found.speed_up:.2f} x in the denoising steps ({shown})")
-    stdout.print(str(folder / "ddit.json"), style="bold")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from upcycle.cli.device import Dtype
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -15,20 +16,36 @@ EPILOG = """
   upcycle sample DiT-XL-2-256-dc4 --classes 207,360 --num 8 --tail-drop 0.4 -o samples\n
   upcycle sample DiT-XL-2-256-dc4 --tokens 0:160,500:64 -o samples        # 64 at t >= 500, 160 below\n
   upcycle sample DiT-XL-2-256-ddit --schedule 4:0.3,2:0.5,1:0.2 -o samples   # patches 4, 2, 1 times as large\n
+  upcycle sample FLUX.1-dev-ddit --prompt 'a red fox' --height 512 --width 512 -o samples   # Wan, Z-Image too\n
   upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --steps 250 -o teacher\n
 """
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="An export or DiT pipeline folder, or the Hub id of a teacher.")],
+    model: Annotated[str, typer.Argument(help="An export or pipeline folder, or the Hub id of a teacher.")],
     classes: Annotated[
         str | None,
         typer.Option(help="Class ids or names, separated by commas; names may hold no comma. Default: the first ten."),
     ] = None,
-    num: Annotated[int, typer.Option(help="Images per class.")] = 1,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What to draw, of FLUX.1, Wan and Z-Image; give it again for more."),
+    ] = None,
+    num: Annotated[int, typer.Option(help="Images per class or prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next count up.")] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.")] = 4.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps. Default: 50, with a prompt the pipeline's own.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance; 1 is none. Default: 4, with a prompt the pipeline's own."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="With a prompt: pixels. Default: the pipeline's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="With a prompt: pixels. Default: the pipeline's own.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of a video. Default: the pipeline's own.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="With a prompt: of weights and arithmetic. Default: bf16 on CUDA, else fp32.")
+    ] = None,
     tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Share of the kept tokens to drop, 0 to 1.")] = 0.0,
     tokens: Annotated[
         str | None,
@@ -49,7 +66,9 @@ def sample(
     base: Annotated[
         str | None, typer.Option(metavar="ID|DIR", help="ddit: pipeline for an adapter alone. Default: its own.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images at a time; does not change them. Default: 16, with prompts 1.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Output folder: samples.png and one PNG an image.")] = Path(
@@ -61,10 +80,11 @@ def sample(
     """Draw samples; the same seed starts from the same noise for teacher and student."""
     if not 0 <= tail_drop < 1:
         raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
-    for name, value in (("--num", num), ("--steps", steps), ("--batch-size", batch_size)):
-        if value < 1:
-            raise UpcycleError(f"{name} {value} must be at least 1")
-    if steps > 1000:
+    counts: dict[str, int | None] = {"--num": num, "--steps": steps, "--batch-size": batch_size}
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UpcycleError(f"{name} {number} must be at least 1")
+    if steps is not None and steps > 1000:
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
     if tail_drop and tokens is not None:
         raise UpcycleError("--tail-drop and --tokens are two budgets; give one of them")
@@ -72,7 +92,7 @@ def sample(
         raise UpcycleError(f"--threshold {threshold} must be a number of at least 0")
     if threshold is not None and schedule is not None:
         raise UpcycleError("--threshold and --schedule are two ways to choose sizes; give one of them")
-    if not math.isfinite(guidance_scale):
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
     local = os.path.exists(model)
     if local and revision is not None:
@@ -83,34 +103,44 @@ def sample(
     from upcycle.cli.show import print_json, progress, quiet_libraries, stdout, working
 
     quiet_libraries()
+    coarser: dict[str, Any] = {"threshold": threshold, "schedule": schedule, "order": order, "policy": policy}
     with working(f"loading {model}"):
         import torch
 
         from upcycle.models.chunked_dit import ChunkedDiT
-        from upcycle.output import check_output, new_folder, to_json
+        from upcycle.output import check_output, new_folder
+        from upcycle.sampling import patches as coarse
         from upcycle.sampling.budget import follow, parse_tokens
         from upcycle.sampling.draw import TokenCounter, draw
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
+        from upcycle.sampling.prompts import find
 
         check_output(out, force, keep)
-        pipe = load_pipeline(model, revision, base)
-        patches = getattr(pipe.transformer, "ddit", None)
-        asked = {"--threshold": threshold, "--schedule": schedule, "--order": order,
-                 "--policy": None if policy == "min" else policy}  # fmt: skip
-        if patches is None and (wrong := next((name for name, value in asked.items() if value is not None), None)):
-            raise UpcycleError(f"{model} has no adapter for coarser patches; leave out {wrong}")
-        if patches is not None:
-            from upcycle.sampling import patches as coarse
+        text = find(model, revision, base, wanted=prompt is not None)
+        if text is None:
+            only = {"--prompt": prompt, "--height": height, "--width": width, "--num-frames": num_frames,
+                    "--dtype": dtype}  # fmt: skip
+            pipe = load_pipeline(model, revision, base)
+            if wrong := next((name for name, value in only.items() if value is not None), None):
+                raise UpcycleError(f"{model} draws classes; {wrong} is for pipelines with text, leave it out")
+    if text is not None:
+        from upcycle.cli.sample_prompts import sample_prompts
 
-            changes: dict[str, Any] = {"policy": policy}
-            if threshold is not None:
-                changes["threshold"] = threshold
-            if order is not None:
-                changes["order"] = order
-            if schedule is not None:
-                changes["fixed"] = coarse.parse_schedule(schedule, patches.patches)
-            pipe.transformer.set_schedule(**changes)
+        for name, value in (("--classes", classes), ("--tokens", tokens), ("--tail-drop", tail_drop or None)):
+            if value is not None:
+                raise UpcycleError(f"{model} draws from text, with --prompt; leave out {name}")
+        sample_prompts(
+            text, prompt or [], num=num, seed=seed, steps=steps, guidance_scale=guidance_scale, height=height,
+            width=width, num_frames=num_frames, dtype=dtype, coarser=coarser, batch_size=batch_size or 1,
+            device=device, out=out, as_json=as_json, force=force, keep=keep,
+        )  # fmt: skip
+        return
+    steps, batch_size = steps or 50, batch_size or 16
+    guidance_scale = 4.0 if guidance_scale is None else guidance_scale
+    with working(f"loading {model}"):
+        patches = getattr(pipe.transformer, "ddit", None)
+        coarse.set_schedule(pipe.transformer, model, **coarser)
         count = class_count(pipe)
         labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
         student = isinstance(pipe.transformer, ChunkedDiT)
@@ -144,13 +174,8 @@ def sample(
         save_grid(grid, folder / "samples.png", columns=num if num > 1 else min(len(jobs), 10))
         for image, (label, image_seed) in zip(grid, jobs, strict=True):
             save_grid(image[None], folder / f"class{label:04d}-seed{image_seed}.png", columns=1)
-        if runs and runs[0]:
-            # One run a batch: each with the steps of its own.
-            used = pipe.transformer.schedule
-            explanation = {"threshold": used.threshold, "fixed": used.fixed, "order": used.order,
-                           "percentile": used.percentile, "policy": used.policy, "batches": runs}  # fmt: skip
-            (folder / "patches.json").write_text(to_json(explanation) + "\n")
-            coarse.plot(runs[0], used.threshold, folder / "patches.png")
+        if patches is not None:
+            coarse.explain(pipe.transformer, runs, folder)
     size = pipe.transformer.config.sample_size**2
     mean_kept = sum(kept) / len(kept) if kept else None
     sizes = coarse.steps_by_size([entry for log in runs for entry in log]) if patches is not None else None
@@ -158,11 +183,8 @@ def sample(
         report = {"out": str(out), "images": len(jobs), "tokens_kept": mean_kept, "positions": size}
         print_json(report | ({"steps_by_size": sizes} if sizes is not None else {}))
         return
-    if sizes:
-        shown = ", ".join(f"x{m}: {count}" for m, count in sizes.items())
-        stdout.print(f"steps by patch size: {shown}; why: {out / 'patches.json'} and patches.png")
-    elif patches is not None:
-        stdout.print("steps by patch size: all x1; give --threshold or --schedule, or calibrate the adapter")
+    if sizes is not None:
+        stdout.print(coarse.told(sizes, out))
     if mean_kept is not None:
         stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
     stdout.print(f"{len(jobs)} images")

@@ -28,8 +28,9 @@ def check_latents_folder(out: Path) -> None:
     """Raise `UpcycleError` unless ``out`` can be made, is empty, or is a folder of latents to go on with."""
     if os.path.isfile(out / INDEX):
         read_index(out)
-    elif os.path.isdir(out) and os.listdir(out):
-        raise UpcycleError(f"{out} is not empty and holds no latents; choose another folder with -o")
+    elif os.path.isdir(out) and (names := os.listdir(out)):
+        if any("prompts.safetensors" not in name for name in names):  # which is written before the index
+            raise UpcycleError(f"{out} is not empty and holds no latents; choose another folder with -o")
     else:
         check_output(out, force=False)
 

@@ -46,7 +46,8 @@ class LatentFolder:
             raise UpcycleError(
                 f"data {path} holds no *.safetensors shards; make some with upcycle encode or upcycle synthesize"
             )
-        shards = [_open_shard(shard, may_be_empty=self.index is not None) for shard in paths]
+        videos = bool((self.index or {}).get("prompts"))  # of models that read text, samples may be [C, F, H, W]
+        shards = [_open_shard(shard, may_be_empty=self.index is not None, videos=videos) for shard in paths]
         shapes = {shape for shape, _, _ in shards}
         if len(shapes) > 1:
             raise UpcycleError(f"data {path} mixes sample shapes {sorted(shapes)}; one run needs one shape")
@@ -64,7 +65,7 @@ class LatentFolder:
             raise UpcycleError(f"data {path} has labels outside 0..{self.num_classes - 1}; make the shards again")
         self._paths = paths
         self._ends = list(accumulate(len(label) for _, _, label in shards))
-        self._files: dict[int, Any] = {}
+        self._files: dict[int | str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -173,7 +174,9 @@ def _listed(folder: Path, index: dict[str, Any]) -> list[Path]:
     return [folder / name for name, _ in entries]
 
 
-def _open_shard(path: Path, may_be_empty: bool) -> tuple[tuple[int, ...], frozenset[str], torch.Tensor]:
+def _open_shard(
+    path: Path, may_be_empty: bool, videos: bool = False
+) -> tuple[tuple[int, ...], frozenset[str], torch.Tensor]:
     """Sample shape, names of the sample tensors, and labels int64 [n] of a shard, checked."""
     try:
         with safe_open(path, "pt") as file:
@@ -190,7 +193,7 @@ def _open_shard(path: Path, may_be_empty: bool) -> tuple[tuple[int, ...], frozen
         raise UpcycleError(f"data {path} is not a readable safetensors file ({error}); make it again") from error
     main = "z0" if "z0" in names else "mean"
     shape = shapes[main]
-    if len(shape) != 4 or 0 in shape[1:] or (0 in shape and not may_be_empty):
+    if len(shape) not in ((4, 5) if videos else (4,)) or 0 in shape[1:] or (0 in shape and not may_be_empty):
         raise UpcycleError(f"data {path} has {main} of {list(shape)}; it must be [N, C, H, W] with at least one sample")
     for name in sorted(names):
         if shapes[name] != shape:

@@ -126,18 +126,37 @@ def synthesize(
     Raises:
         UpcycleError: samples that are not finite; no space left.
     """
+
+    def sample(labels: list[int], seeds: list[int]) -> torch.Tensor:
+        share = len(labels) / steps
+        hook = pipe.transformer.register_forward_hook(lambda *_: on_images(share))
+        try:
+            return sample_latents(pipe, labels, seeds, steps, guidance_scale, dtype)
+        finally:
+            hook.remove()
+
+    draw_shards(writer, classes, seed, batch_size, sample)
+
+
+def draw_shards(
+    writer: LatentWriter,
+    classes: list[int],
+    seed: int,
+    batch_size: int,
+    sample: Callable[[list[int], list[int]], torch.Tensor],
+) -> None:
+    """Fill ``writer`` with what ``sample`` makes of labels and seeds, latents [n, C, H, W] or [n, C, F, H, W].
+
+    Raises:
+        UpcycleError: samples that are not finite; no space left.
+    """
     writer.save_index()
     for number, items in writer.todo:
         z0 = []
         jobs = [label_and_seed(index, classes, seed) for index in items]
         for first in range(0, len(jobs), batch_size):
             labels, seeds = (list(column) for column in zip(*jobs[first : first + batch_size], strict=True))
-            share = len(labels) / steps
-            hook = pipe.transformer.register_forward_hook(lambda *_, share=share: on_images(share))
-            try:
-                latents = sample_latents(pipe, labels, seeds, steps, guidance_scale, dtype).half()
-            finally:
-                hook.remove()
+            latents = sample(labels, seeds).half()
             if not latents.isfinite().all():
                 raise UpcycleError(
                     "the teacher gives samples that are not finite; take --dtype fp32, a lower --guidance-scale, or "

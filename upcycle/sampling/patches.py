@@ -16,6 +16,7 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation.plots import ACCENT, INK, MUTED
 from upcycle.graft.patches import load
 from upcycle.models import ddit
+from upcycle.output import to_json
 
 MOST_RUNS = 10
 CLOSE = 0.02
@@ -51,6 +52,52 @@ def parse_schedule(text: str, patches: list[int]) -> list[tuple[int, float]]:
     if unknown := [m for m, _ in schedule if m != 1 and m not in patches]:
         raise UpcycleError(f"--schedule {text}: this model has 1, {', '.join(map(str, patches))}, not {unknown[0]}")
     return schedule
+
+
+def set_schedule(
+    model: Any,
+    name: str,
+    *,
+    threshold: float | None = None,
+    schedule: str | None = None,
+    order: int | None = None,
+    policy: str = "min",
+) -> None:
+    """What the command line wishes of the schedule; raises `UpcycleError` where ``model`` (``name``) has none."""
+    patches = getattr(model, "ddit", None)
+    asked = {"--threshold": threshold, "--schedule": schedule, "--order": order,
+             "--policy": None if policy == "min" else policy}  # fmt: skip
+    if patches is None:
+        if wrong := next((option for option, value in asked.items() if value is not None), None):
+            raise UpcycleError(f"{name} has no adapter for coarser patches; leave out {wrong}")
+        return
+    changes: dict[str, Any] = {"policy": policy}
+    if threshold is not None:
+        changes["threshold"] = threshold
+    if order is not None:
+        changes["order"] = order
+    if schedule is not None:
+        changes["fixed"] = parse_schedule(schedule, patches.patches)
+    model.set_schedule(**changes)
+
+
+def explain(model: Any, runs: list[list[dict[str, Any]]], folder: Path) -> None:
+    """Write what the runs (logs of the schedule, one a batch) did and why: ``patches.json`` and ``patches.png``."""
+    if not runs or not runs[0]:
+        return
+    used = model.schedule
+    explanation = {"threshold": used.threshold, "fixed": used.fixed, "order": used.order,
+                   "percentile": used.percentile, "policy": used.policy, "batches": runs}  # fmt: skip
+    (folder / "patches.json").write_text(to_json(explanation) + "\n")
+    plot(runs[0], used.threshold, folder / "patches.png")
+
+
+def told(sizes: dict[int, int], out: Path) -> str:
+    """A line for a person, of `steps_by_size`."""
+    if not sizes:
+        return "steps by patch size: all x1; give --threshold or --schedule, or calibrate the adapter"
+    shown = ", ".join(f"x{m}: {count}" for m, count in sizes.items())
+    return f"steps by patch size: {shown}; why: {out / 'patches.json'} and patches.png"
 
 
 def steps_by_size(log: list[dict[str, Any]]) -> dict[int, int]:

@@ -86,6 +86,19 @@ def open_backbone(
     return _open(spec, folder, component, variant, spec.split("/")[1], commit, bring)
 
 
+def backbone_class(spec: str, revision: str | None = None, component: str = "transformer") -> str | None:
+    """The class of a base's transformer, by its config alone; None where it is no diffusers folder, or not known."""
+    path: Path | None = Path(spec).expanduser()
+    if path is not None and not path.exists():
+        names = [f"{component}/config.json", "config.json"]
+        path = _fetch(spec, revision, names, None) if hub.is_hub_id(spec) else None
+    for folder in (path / component, path) if path is not None else ():
+        if (folder / "config.json").is_file():
+            kind = model_kind(read_json(spec, folder / "config.json"))
+            return kind if kind in BACKBONES else None
+    return None
+
+
 def _fetch(spec: str, revision: str | None, allow: list[str] | None, ignore: list[str] | None) -> Path:
     try:
         return Path(snapshot_download(spec, revision=revision, allow_patterns=allow, ignore_patterns=ignore))

@@ -49,6 +49,7 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> dict[str, Any]:
         UpcycleError: a part of the recipe does not fit, or the teacher cannot be read. Data may be missing.
     """
     source = check(recipe)
+    assert isinstance(source, Source)  # the command refuses method ddit
     teacher = source.config
     assert isinstance(teacher, DiTConfig)
     config, start_bytes = _student(recipe, source)

@@ -88,7 +88,7 @@ class Draws(Dataset[Batch]):
     change a run.
     """
 
-    def __init__(self, data: TensorData | LatentFolder, recipe: Recipe, timesteps: int, null_class: int):
+    def __init__(self, data: TensorData | LatentFolder, recipe: Recipe, timesteps: int, null_class: int | None):
         self._data, self._timesteps, self._null_class = data, timesteps, null_class
         self._seed, self._label_dropout = recipe.seed, recipe.label_dropout
 
@@ -107,7 +107,8 @@ class Draws(Dataset[Batch]):
         row, shape = self.row(item), self._data.sample_shape
         posterior = torch.randn(shape, generator=random) if self._data.has_posterior else None
         x0 = self._data.row(row, flip=bool(flipped) and self._data.flips, noise=posterior)
-        label = torch.tensor(self._null_class) if dropped else self._data.labels[row]
+        drop = bool(dropped) and self._null_class is not None  # not every text model has an empty prompt
+        label = torch.tensor(self._null_class) if drop else self._data.labels[row]
         return Batch(x0, torch.randn(shape, generator=random), timestep, label)
 
 

@@ -72,8 +72,11 @@ class Guard:
 
         handles = [module.register_forward_hook(hook(name)) for name, module in student.named_modules() if name]
         try:
-            alpha = student.alpha_bar(batch.timestep)[:, None, None, None]
-            x_t = alpha.sqrt() * batch.x0 + (1 - alpha).sqrt() * batch.noise
+            if hasattr(student, "mix"):  # of method ddit
+                x_t = student.mix(batch.x0, batch.noise, batch.timestep)
+            else:
+                alpha = student.alpha_bar(batch.timestep)[:, None, None, None]
+                x_t = alpha.sqrt() * batch.x0 + (1 - alpha).sqrt() * batch.noise
             how = {name: row[name] for name in ("guide", "tail_drop", "m") if name in row}
             with self._updater.accelerator.autocast():
                 sample = student(x_t, batch.timestep, batch.label, **how).sample

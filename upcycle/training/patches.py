@@ -39,23 +39,42 @@ class PatchStudent(torch.nn.Module):
         self.adapter = torch.nn.ParameterDict(
             {name.replace(".", "/"): parameter for name, parameter in base.adapter_parameters().items()}
         )
+        self.config = self.describe(base)
+        self.m = base.ddit.patches[0]
+
+    @staticmethod
+    def describe(base: Any) -> SimpleNamespace:
+        """What training asks a model for."""
         c, noise = base.config, base.ddit
-        self.config = SimpleNamespace(
+        return SimpleNamespace(
             num_train_timesteps=noise.num_train_timesteps,
             num_classes=c.num_embeds_ada_norm,
             in_channels=c.in_channels,
             sample_size=c.sample_size,
             patches=tuple(noise.patches),
         )
-        self.m = noise.patches[0]
 
     def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
         """Cumulative signal power at integer timesteps [B] -> fp32 [B]."""
         return self.base.noise.levels(timestep)[0] ** 2
 
+    def mix(self, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Noisy samples at integer timesteps [B], like ``x0``."""
+        alpha = self.alpha_bar(timestep)[:, None, None, None]
+        return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+    @torch.no_grad()
+    def target(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """What the base itself predicts, at m = 1 whatever its schedule says."""
+        return self.predict(x, timestep, label, 1).sample
+
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor, m: int | None = None) -> Any:
         """The base at factor ``m`` (default: ``self.m``)."""
-        with self.base.at(self.m if m is None else m):
+        return self.predict(x, timestep, label, self.m if m is None else m)
+
+    def predict(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor, m: int) -> Any:
+        """`forward` without what accelerate puts around that."""
+        with self.base.at(m):
             return self.base(x, timestep=timestep, class_labels=label)
 
     def tensors(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -64,9 +83,10 @@ class PatchStudent(torch.nn.Module):
 
 
 def measured_variance(base: Any, rows: Sequence[torch.Tensor]) -> dict[str, float]:
-    """s^2 of every size (`ddit.DDiTConfig`), of clean latents [C, H, W]."""
+    """s^2 of every size (`ddit.DDiTConfig`), of clean latents [C, H, W] or [C, F, H, W]."""
     x0 = torch.stack(list(rows))
-    return {str(m): ddit.outside_variance(x0, base.config.patch_size, m) for m in base.ddit.patches}
+    side = base.switching_layers(base.config).embed.sizes["h"]
+    return {str(m): ddit.outside_variance(x0, side, m) for m in base.ddit.patches}
 
 
 def prepare_student(student: PatchStudent, recipe: Recipe) -> None:
@@ -118,11 +138,9 @@ class Updater:
         parts = batch.parts(recipe.gradient_accumulation)
         total = torch.zeros((), device=self.accelerator.device)
         for i, part in enumerate(parts):
-            alpha = student.alpha_bar(part.timestep)[:, None, None, None]
-            x_t = alpha.sqrt() * part.x0 + (1 - alpha).sqrt() * part.noise
+            x_t = student.mix(part.x0, part.noise, part.timestep)
             with self.accelerator.autocast():
-                with torch.no_grad():
-                    expected = self.teacher(x_t, timestep=part.timestep, class_labels=part.label).sample
+                expected = student.target(x_t, part.timestep, part.label)
                 if i < len(parts) - 1:
                     with self.accelerator.no_sync(self.model):
                         total += self._learn(x_t, part, expected, m, stage.losses.distill, len(parts))

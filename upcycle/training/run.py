@@ -24,6 +24,7 @@ from upcycle.graft.convert import convert
 from upcycle.graft.export import export_student
 from upcycle.graft.plan import Options, make_plan
 from upcycle.graft.verify import load_student, load_teacher
+from upcycle.latents.prompts import PromptFolder
 from upcycle.latents.reader import LatentFolder
 from upcycle.latents.vae import describe, load_vae
 from upcycle.models import ddit
@@ -31,9 +32,9 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import check_output, disk_full, write_text
 from upcycle.recipe import Recipe
 from upcycle.sources import DiTConfig, Source, hub, open_source
-from upcycle.sources.backbone import open_backbone
+from upcycle.sources.backbone import Backbone, open_backbone
 from upcycle.sources.weight_files import read_json
-from upcycle.training import results
+from upcycle.training import flow, results
 from upcycle.training.data import TensorData, open_data
 from upcycle.training.digits import TEACHER
 from upcycle.training.loop import train
@@ -48,7 +49,7 @@ class Prepared:
     recipe: Recipe
     out: Path
     start: Path
-    source: Source
+    source: Source | Backbone
     student: ChunkedDiT | PatchStudent
     teacher: DiTTransformer2DModel
     data: TensorData | LatentFolder
@@ -87,9 +88,18 @@ def student_folder(recipe: Recipe) -> Path | None:
     return Path(recipe.student)
 
 
-def check(recipe: Recipe) -> Source:
-    """The teacher, after all that can be checked without data; raises `UpcycleError` for what does not fit."""
+def check(recipe: Recipe) -> Source | Backbone:
+    """The teacher, after all that can be checked without data; raises `UpcycleError` for what does not fit.
+
+    A `Backbone` is one that reads text (method ddit).
+    """
     _check_batch(recipe, ranks().num_processes)
+    if backbone := flow.text_backbone(recipe):
+        flow.stored_dtype(recipe, backbone)
+        if wrong := check_launch():
+            raise UpcycleError(wrong)
+        _check_trackers(recipe)
+        return backbone
     source = open_teacher(recipe)
     assert isinstance(source.config, DiTConfig)
     if recipe.preview:
@@ -121,15 +131,23 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     if not resume and checkpoints(out / "checkpoints"):
         raise UpcycleError(f"{out} holds a run already; continue it with --resume, or choose another 'out'")
     source = check(recipe)
-    c = source.config
-    assert isinstance(c, DiTConfig)
-    data = open_fitting_data(recipe.data, source)
-    validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
+    data: TensorData | LatentFolder
+    validation: TensorData | LatentFolder | None
+    if isinstance(source, Backbone):
+        data = flow.open_prompts(recipe.data, source)
+        validation = flow.open_prompts(recipe.validation.data, source) if recipe.validation else None
+    else:
+        data = open_fitting_data(recipe.data, source)
+        validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
     lock = Lock(out) if ranks().is_main_process else None
     try:
         first = recipe.student is None and not begun
         student: ChunkedDiT | PatchStudent
-        if recipe.method == "ddit":
+        if isinstance(source, Backbone):
+            assert isinstance(data, PromptFolder)
+            student = _start_text(recipe, source, start, data, convert_first=first)
+            teacher = student.base
+        elif recipe.method == "ddit":
             student = _start_adapter(recipe, source, start, data, convert_first=first)
             teacher = student.base
         else:
@@ -162,15 +180,11 @@ def _start_adapter(
     if source.kind != "diffusers":
         raise UpcycleError(f"teacher {recipe.teacher}: method ddit takes a diffusers folder or a Hub id, no .pt")
     if convert_first:
-        if ranks().is_main_process:
-            spec = str(TEACHER) if recipe.teacher == "digits" else recipe.teacher
-            options = adapters.Options(tuple(recipe.ddit.patches), recipe.ddit.rank, recipe.ddit.residual)
-            options = dataclasses.replace(options, seed=recipe.seed)
-            backbone = open_backbone(spec, revision=recipe.revision)
-            if recipe.teacher == "digits":
-                backbone = dataclasses.replace(backbone, spec="digits")
-            adapters.convert(adapters.make_plan(backbone, options), start, force=True)
-        ranks().wait_for_everyone()
+        spec = str(TEACHER) if recipe.teacher == "digits" else recipe.teacher
+        backbone = open_backbone(spec, revision=recipe.revision)
+        if recipe.teacher == "digits":
+            backbone = dataclasses.replace(backbone, spec="digits")
+        _make_adapter(recipe, backbone, start, alone=False)
     config, tensors = adapters.load(start, f"student {start}")
     base = load_teacher(source)
     try:
@@ -181,6 +195,24 @@ def _start_adapter(
         rows = [i * len(data) // VARIANCE_SAMPLES for i in range(VARIANCE_SAMPLES)]
         config.variance = measured_variance(base, [data.row(i, flip=False, noise=None) for i in dict.fromkeys(rows)])
     return PatchStudent(base)
+
+
+def _make_adapter(recipe: Recipe, backbone: Backbone, start: Path, *, alone: bool) -> None:
+    """Convert on one rank, while the others wait."""
+    if ranks().is_main_process:
+        options = adapters.Options(tuple(recipe.ddit.patches), recipe.ddit.rank, recipe.ddit.residual, seed=recipe.seed)
+        adapters.convert(adapters.make_plan(backbone, options, adapter_only=alone), start, force=True)
+    ranks().wait_for_everyone()
+
+
+def _start_text(
+    recipe: Recipe, backbone: Backbone, start: Path, data: PromptFolder, *, convert_first: bool
+) -> PatchStudent:
+    """As `_start_adapter`, of a base that reads text: large, so that the adapter is made and exported alone."""
+    if convert_first:
+        _make_adapter(recipe, backbone, start, alone=True)
+    config, tensors = adapters.load(start, f"student {start}")
+    return flow.start_student(recipe, backbone, data, config, tensors, f"student {start}")
 
 
 class Lock:
@@ -357,6 +389,9 @@ def _finetune(
     if ranks().is_main_process:
         clean(out)
         write_text(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    text = isinstance(prepared.student, flow.FlowStudent) and recipe.label_dropout
+    if text and not prepared.student.use_empty_prompt():
+        on_note(flow.NO_EMPTY_PROMPT)
     try:
         trained = train(
             recipe,

@@ -14,6 +14,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import plots
 from upcycle.evaluation.validation import TIMESTEPS, Validation, validate
+from upcycle.latents.prompts import PromptFolder
 from upcycle.latents.reader import LatentFolder
 from upcycle.output import disk_full
 from upcycle.recipe import Recipe
@@ -22,6 +23,7 @@ from upcycle.sampling.pipeline import load_vae_and_scheduler
 from upcycle.sampling.trajectory import Trajectory
 from upcycle.training import schedule
 from upcycle.training.data import TensorData
+from upcycle.training.flow import FlowStudent, distance
 from upcycle.training.log import Rows
 from upcycle.training.patches import PatchStudent
 from upcycle.training.state import RunState
@@ -51,7 +53,7 @@ class Watch:
     ):
         self._recipe, self._accelerator, self._teacher, self._run = recipe, accelerator, teacher, run
         self._model, self._student = model, accelerator.unwrap_model(model)
-        self._start, self._out = start, out
+        self._start, self._out, self._validation = start, out, validation
         self._guide = schedule.guide(recipe, recipe.steps, self._student.guide)  # of the export
         self.is_best = False
         self._teacher_loss: Validation | None = None
@@ -152,9 +154,17 @@ class Watch:
         for m in sizes:
             if m is not None:
                 self._student.m = m
-            found.append(
-                validate(model, self._x0, self._labels, self._alpha_bar, rank=a.process_index, ranks=a.num_processes)
-            )
+            ranks = {"rank": a.process_index, "ranks": a.num_processes}
+            if not isinstance(self._student, FlowStudent):
+                found.append(validate(model, self._x0, self._labels, self._alpha_bar, **ranks))
+            elif model is self._teacher:  # which the student is measured against
+                found.append(Validation(dict.fromkeys(TIMESTEPS, 0.0), dict.fromkeys(TIMESTEPS, math.nan)))
+            else:
+                assert isinstance(self._validation, PromptFolder)
+                assert self._x0 is not None
+                batch = self._recipe.batch_size // (a.num_processes * self._recipe.gradient_accumulation)
+                with self._student.reading(self._validation):
+                    found.append(distance(model, self._student, self._x0, self._labels, batch=batch, **ranks))
         loss = {t: sum(one.loss[t] for one in found) / len(found) for t in TIMESTEPS}
         return Validation(loss, found[0].tokens)
 
