@@ -123,6 +123,10 @@ class FlowStudent(PatchStudent):
     def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
         return (1 - self.sigma(timestep)) ** 2
 
+    def level_weight(self, timestep: torch.Tensor) -> torch.Tensor:
+        """1: an error of the velocity moves the latents alike at every noise level."""
+        return torch.ones_like(timestep, dtype=torch.float32)
+
     def mix(self, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         sigma = self.sigma(timestep).view(-1, *[1] * (x0.ndim - 1))
         return (1 - sigma) * x0 + sigma * noise

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
 from upcycle.models import ddit
@@ -62,6 +61,15 @@ class PatchStudent(torch.nn.Module):
         """Noisy samples at integer timesteps [B], like ``x0``."""
         alpha = self.alpha_bar(timestep)[:, None, None, None]
         return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+
+    def level_weight(self, timestep: torch.Tensor) -> torch.Tensor:
+        """sqrt(1 + 2 / snr) at integer timesteps [B], fp32.
+
+        An epsilon's error moves x0 by sigma / alpha times as much, and coarse steps come where that is large: without
+        the weight training makes the start worse there (docs/ddit.md).
+        """
+        alpha_bar = self.alpha_bar(timestep)
+        return (1 + 2 * (1 - alpha_bar) / alpha_bar).sqrt()
 
     @torch.no_grad()
     def target(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -169,7 +177,8 @@ class Updater:
         self, x_t: torch.Tensor, part: Batch, expected: torch.Tensor, m: int, weight: float, parts: int
     ) -> torch.Tensor:
         out = self.model(x_t, part.timestep, part.label, m).sample
-        loss = weight * F.mse_loss(out.float(), expected.float())
+        error = (out.float() - expected.float()).square().flatten(1).mean(1)
+        loss = weight * (self.student.level_weight(part.timestep) * error).mean()
         self.accelerator.backward(loss / parts)
         return loss.detach() / parts
 
