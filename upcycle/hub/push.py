@@ -70,12 +70,9 @@ def find_export(folder: Path) -> Path:
         path.parent
         for depth in range(5)
         for path in folder.glob("*/" * depth + provenance.FILE)
-        if (path.parent / "transformer" / "config.json").is_file()
-        or (
-            adapter_folder(path.parent)
-            # Half-written exports, and caches of the Hub, lie in hidden folders.
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
+        if ((path.parent / "transformer" / "config.json").is_file() or adapter_folder(path.parent))
+        # Half-written exports, and caches of the Hub, lie in hidden folders.
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
         raise UpcycleError(f"no export in {folder.resolve()} or below; give the folder that convert or finetune made")

@@ -1048,6 +1048,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         as zero.
         """
         layout = Layout(lengths)
+        if lengths is None:
+            layout.batch, layout.longest = tokens.shape[:2]
         if key_bias is not None:
             layout.key_bias = key_bias.to(tokens.dtype)[:, None, None]
         if lengths is not None:
