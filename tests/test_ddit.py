@@ -320,3 +320,51 @@ def test_noise_schedules_are_those_of_the_base(pipeline_dir, tmp_path):
     assert (config.beta_end, config.beta_schedule) == (0.012, "scaled_linear")
     sigma = ddit.Noise(config).levels(torch.tensor([999]))[1]
     assert sigma != ddit.Noise(replace(config, beta_schedule="linear")).levels(torch.tensor([999]))[1]
+
+
+def test_adapters_of_the_hub_are_used(converted, pipeline_dir, tmp_path):
+    """Beside their base, and alone: whatever the id says, the adapter in it counts."""
+    run("convert", pipeline_dir, "--method", "ddit", "--rank", "4", "--adapter-only", "-o", tmp_path / "alone")
+    common = ("--steps", "4", "--classes", "0", "--schedule", "2:0.5,1:0.5", "--json")
+    with FakeHub() as hub:
+        hub.add("lab/beside", converted)
+        hub.add("lab/alone", tmp_path / "alone")
+        for name in ("beside", "alone"):
+            done = run("sample", f"lab/{name}", *common, "-o", tmp_path / f"{name}-s", env=hub.env(tmp_path / "home"))
+            assert json.loads(done.stdout)["steps_by_size"] == {"2": 2, "1": 2}
+    assert (tmp_path / "beside-s/samples.png").read_bytes() == (tmp_path / "alone-s/samples.png").read_bytes()
+
+
+def test_a_base_of_the_hub_comes_without_copies_for_other_programs(pipeline_dir, tmp_path):
+    shutil.copytree(pipeline_dir, tmp_path / "base")
+    weights = tmp_path / "base/transformer/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), tmp_path / "base/transformer/diffusion_pytorch_model.bin")
+    weights.unlink()  # as legacy DiTs are
+    (tmp_path / "base/all-in-one.safetensors").write_bytes(b"large")
+    with FakeHub() as hub:
+        hub.add("lab/dit", tmp_path / "base")
+        options = ("--method", "ddit", "--rank", "2", "--no-verify", "-o", tmp_path / "x")
+        run("convert", "lab/dit", *options, env=hub.env(tmp_path / "home"))
+        assert "all-in-one.safetensors" not in hub.downloads()
+    assert (tmp_path / "x/transformer/diffusion_pytorch_model.bin").is_file()
+
+
+def test_what_a_threshold_was_chosen_for_is_told(trained, tmp_path):
+    shutil.copytree(trained / "export", tmp_path / "x")
+    inside("calibrate", tmp_path / "x", "--speed-up", "1.3", "--steps", "8", "--cost", "tokens")
+    done = inside("sample", tmp_path / "x", "--steps", "9", "--classes", "0", "-o", tmp_path / "s")
+    assert "the threshold was chosen for 8 steps and this run has 9" in done.stderr
+    scheduler = tmp_path / "x/scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"_class_name": "DDPMScheduler"}))
+    done = inside("sample", tmp_path / "x", "--steps", "8", "--classes", "0", "-o", tmp_path / "t")
+    assert "DDPMScheduler adds noise" in done.stderr
+
+
+def test_a_transformer_without_its_pipeline_becomes_an_adapter_only(pipeline_dir, tmp_path, failing):
+    folder = pipeline_dir / "transformer"
+    assert "add --adapter-only" in failing("convert", folder, "--method", "ddit", "-o", tmp_path / "x")
+    inside("convert", folder, "--method", "ddit", "--adapter-only", "-o", tmp_path / "x")
+    config = json.loads((tmp_path / "x/ddit.json").read_text())
+    for key, value in (("num_train_timesteps", "a"), ("variance", {"2": "x"}), ("base", 5), ("beta_end", 2.0)):
+        (tmp_path / "x/ddit.json").write_text(json.dumps(config | {key: value}))
+        assert key in failing("info", tmp_path / "x")

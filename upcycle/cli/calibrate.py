@@ -87,7 +87,12 @@ def calibrate(
                        "frames": num_frames}  # fmt: skip
             pipe, run, what = _of_prompts(found, prompt or [], options, seed, dtype, device)
     done = patches.calibrate(pipe.transformer, run, speed_up, by_tokens=cost == "tokens", say=stderr.print)
+    if note := pipe.transformer.sampler_note:
+        stderr.print(f"note: {note}")
+    if abs(done.speed_up / speed_up - 1) > 0.1:
+        stderr.print(f"note: no threshold that was tried comes nearer to {speed_up:g} than {done.speed_up:.2f}")
     stated = {
+        "policy": "min", "batch": len(what.get("classes") or what.get("prompts") or ()),
         "speed_up": round(done.speed_up, 3), "asked": speed_up, "cost": cost,
         "sampler": type(pipe.scheduler).__name__, **what, "seed": seed, "steps_by_size": done.steps,
     }  # fmt: skip

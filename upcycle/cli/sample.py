@@ -67,7 +67,7 @@ def sample(
         str | None, typer.Option(metavar="ID|DIR", help="ddit: pipeline for an adapter alone. Default: its own.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at a time; does not change them. Default: 16, with prompts 1.")
+        int | None, typer.Option(help="Images at a time; only a ddit threshold sees it. Default: 16, with prompts 1.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
@@ -100,7 +100,7 @@ def sample(
     keep = (Path(model),) if local else ()
 
     from upcycle.cli.device import to_device
-    from upcycle.cli.show import print_json, progress, quiet_libraries, stdout, working
+    from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout, working
 
     quiet_libraries()
     coarser: dict[str, Any] = {"threshold": threshold, "schedule": schedule, "order": order, "policy": policy}
@@ -152,6 +152,8 @@ def sample(
         if tokens is not None:
             follow(pipe.transformer, parse_tokens(tokens, pipe.transformer.config.sample_size**2))
         to_device(pipe, device)
+    for note in coarse.notes(pipe.transformer, steps):
+        stderr.print(f"note: {note}")
     pipe.set_progress_bar_config(disable=True)
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.cli.device import Dtype, enough_memory, to_device, torch_dtype
-from upcycle.cli.show import print_json, progress, stdout, working
+from upcycle.cli.show import print_json, progress, stderr, stdout, working
 from upcycle.errors import UpcycleError
 
 
@@ -49,6 +49,8 @@ def sample_prompts(
         patches.set_schedule(model, found.spec, **coarser)
         to_device(pipe, device)
     switching = hasattr(model, "ddit")
+    for note in patches.notes(model, wish.steps):
+        stderr.print(f"note: {note}")
     pairs = [(number, words) for number, words in enumerate(prompts) for _ in range(num)]
     jobs = [(number, words, seed + i) for i, (number, words) in enumerate(pairs)]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]

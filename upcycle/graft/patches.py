@@ -66,6 +66,11 @@ def make_plan(backbone: Backbone, options: Options, *, adapter_only: bool = Fals
 
     Raises `UpcycleError` for a choice that cannot be made, and NaN weights.
     """
+    if not backbone.subfolder and not adapter_only:
+        raise UpcycleError(
+            f"{backbone.spec} is a transformer without its pipeline; add --adapter-only, or give the pipeline's folder"
+        )
+    local = Path(backbone.spec).expanduser()
     try:
         config = ddit.DDiTConfig(
             base_class=backbone.base_class,
@@ -74,7 +79,7 @@ def make_plan(backbone: Backbone, options: Options, *, adapter_only: bool = Fals
             residual=options.residual,
             prediction=_PREDICTIONS.get(backbone.base_class, "flow"),
             component=options.component,
-            base=backbone.spec,
+            base=str(local.resolve()) if local.is_dir() else backbone.spec,
             base_revision=backbone.revision,
             **_noise_schedule(backbone),
         )

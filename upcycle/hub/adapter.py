@@ -1,6 +1,6 @@
 """A DDiT adapter on its way to the Hub: alone, or beside its base."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ def open_adapter(folder: Path) -> AdapterSource | None:
     return AdapterSource(config, tensors, provenance.read(folder), where != folder)
 
 
-def sections(repo_id: str, source: AdapterSource) -> dict[str, str]:
-    """The sections of its card that are particular to it."""
+def sections(repo_id: str, source: AdapterSource, files: Collection[str]) -> dict[str, str]:
+    """The sections of its card that are particular to it; ``files``: those that are sent."""
     config, origin = source.config, source.origin or {"base": {}, "history": [], "evidence": [], "files": {}}
     base = origin["base"].get("id") or config.base or "its base"
     if not origin["base"].get("revision"):
@@ -54,7 +54,14 @@ def sections(repo_id: str, source: AdapterSource) -> dict[str, str]:
     what = "A pipeline with an adapter" if source.beside else "An adapter"
     name = f"[{base}](https://huggingface.co/{base})" if origin["base"].get("revision") else f"`{base}`"
     state = "trained by distillation from the base itself" if trained else "not trained: coarse steps are far off"
-    loading = f'"{repo_id}"' if source.beside else f'"{base}"'
+    trusted = (
+        ", trust_remote_code=True" if any(name.startswith("vae/") and name.endswith(".py") for name in files) else ""
+    )
+    loading = f'"{repo_id}"{trusted}' if source.beside else f'"{base}"'
+    if not source.beside and not origin["base"].get("revision"):
+        loading += ")  # the base: where you have it"
+    else:
+        loading += ")"
     count = sum(tensor.numel() for tensor in source.tensors.values())
     return {
         "summary": (
@@ -70,7 +77,7 @@ def sections(repo_id: str, source: AdapterSource) -> dict[str, str]:
             f"{' + ' + repr('/ddit') if source.beside else ''}\n"
             'spec = importlib.util.spec_from_file_location("ddit", folder + "/ddit.py")\n'
             'ddit = sys.modules["ddit"] = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(ddit)\n\n'
-            f"pipe = DiffusionPipeline.from_pretrained({loading})\n"
+            f"pipe = DiffusionPipeline.from_pretrained({loading}\n"
             "ddit.apply(pipe, folder)  # threshold=..., or fixed=[(4, 0.3), (2, 0.5), (1, 0.2)]\n```\n\n"
             "`pipe.transformer.schedule.log` says which size each step took and why. With `upcycle`: "
             f"`from upcycle.models import ddit`."

@@ -69,7 +69,7 @@ def make_card(export: Export, repo_id: str) -> Card:
 
 def _adapter_card(export: Export, source: AdapterSource, repo_id: str) -> Card:
     origin = export.origin or {"base": {}, "history": [], "evidence": [], "files": {}}
-    own = adapter.sections(repo_id, source)
+    own = adapter.sections(repo_id, source, export.files)
     sections = {
         "summary": own["summary"],
         "use": own["use"],

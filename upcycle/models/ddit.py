@@ -101,6 +101,15 @@ class DDiTConfig:
             raise ValueError(f"rank must be a whole number from 0 to 4096, got {self.rank}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        steps, betas = self.num_train_timesteps, (self.beta_start, self.beta_end)
+        if type(steps) is not int or not 1 <= steps <= 1_000_000:
+            raise ValueError(f"num_train_timesteps must be a whole number from 1 up, got {steps!r}")
+        if not all(type(beta) is float and 0 < beta < 1 for beta in betas):
+            raise ValueError(f"beta_start and beta_end must be between 0 and 1, got {betas}")
+        if not all(type(v) in (int, float) and 0 <= v < math.inf for v in self.variance.values()):
+            raise ValueError(f"variance must be numbers of at least 0, got {self.variance}")
+        if not isinstance(self.component, str) or not isinstance(self.base, str | None):
+            raise ValueError("component and base must be text")
         if self.beta_schedule not in ("linear", "scaled_linear"):
             raise ValueError(f"beta_schedule must be linear or scaled_linear, got {self.beta_schedule!r}")
         _check_schedule(self.threshold, self.percentile, self.order)
@@ -388,6 +397,8 @@ class PatchSchedule:
         for m, _ in fixed or []:
             if m != 1 and m not in patches:
                 raise ValueError(f"the schedule has {m}, and there are 1, {', '.join(map(str, patches))}")
+        if not all(0 < share <= 1 for _, share in fixed or []):
+            raise ValueError("the shares of a schedule must be above 0 and at most 1")
         if fixed and abs(sum(share for _, share in fixed) - 1) > 1e-6:
             raise ValueError("the shares of a schedule must add up to 1")
         self.noise, self.patches, self.threshold, self.percentile = noise, patches, threshold, percentile
@@ -1233,15 +1244,17 @@ def follow(model: Any, pipeline: Any) -> None:
     latents never calm down."""
     scheduler = pipeline.scheduler
     name = type(scheduler).__name__
-    noisy = any(word in name for word in ("Ancestral", "Heun", "DDPM", "SDE")) or any(
+    noisy = any(word in name for word in ("Ancestral", "Heun", "DDPM", "SDE", "KDPM2")) or any(
         getattr(scheduler.config, key, None) for key in ("stochastic_sampling", "eta")
     )
+    noisy = noisy or str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
+    model.sampler_note = None
     if noisy:
-        warnings.warn(
+        model.sampler_note = (
             f"{name} adds noise or evaluates twice, so that the schedule finds few coarse steps or none; take a "
-            "deterministic sampler of one evaluation a step, or a fixed schedule",
-            stacklevel=3,
+            "deterministic sampler of one evaluation a step, or a fixed schedule"
         )
+        warnings.warn(model.sampler_note, stacklevel=3)
 
     def times() -> torch.Tensor:
         values = torch.as_tensor(pipeline.scheduler.timesteps, device="cpu").float()

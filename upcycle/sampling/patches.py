@@ -81,6 +81,19 @@ def set_schedule(
     model.set_schedule(**changes)
 
 
+def notes(model: Any, steps: int) -> list[str]:
+    """What a person should know before a run of so many steps: a sampler that never calms down, a threshold that was
+    chosen for another number of steps."""
+    schedule = getattr(model, "schedule", None)
+    if schedule is None or schedule.fixed or schedule.threshold is None:
+        return []
+    found = [model.sampler_note] if model.sampler_note else []
+    chosen = model.ddit.calibration or {}
+    if schedule.threshold == model.ddit.threshold and chosen.get("steps") not in (None, steps):
+        found.append(f"the threshold was chosen for {chosen['steps']} steps and this run has {steps}; calibrate again")
+    return found
+
+
 def explain(model: Any, runs: list[list[dict[str, Any]]], folder: Path) -> None:
     """Write what the runs (logs of the schedule, one a batch) did and why: ``patches.json`` and ``patches.png``."""
     if not runs or not runs[0]:

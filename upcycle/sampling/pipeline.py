@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from upcycle.errors import UpcycleError
-from upcycle.graft.patches import adapter_folder, load
+from upcycle.graft.patches import ADAPTER, adapter_folder, load
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class
 from upcycle.sampling.patches import put_on
@@ -36,12 +36,18 @@ def load_pipeline(spec: str, revision: str | None = None, base: str | None = Non
     """
     folder = Path(spec)
     adapter = adapter_folder(folder) if folder.is_dir() else None
-    if adapter == folder:
-        theirs = base or load(folder, spec)[0].base
+    if not folder.exists() and hub.is_hub_id(spec):
+        adapter = hub.fetch_adapter(spec, revision)
+    if adapter is not None and adapter.name != ADAPTER:
+        config, _ = load(adapter, spec)
+        theirs = base or config.base
         if theirs is None:
             raise UpcycleError(f"{spec} is an adapter that does not say of which model; give that with --base")
-        pipe = load_pipeline(str(TEACHER) if theirs == "digits" else theirs)
-        put_on(pipe, folder, spec)
+        if not base and theirs != "digits" and not Path(theirs).exists() and not hub.is_hub_id(theirs):
+            raise UpcycleError(f"{spec} is an adapter for {theirs}, which is not there; give its base with --base")
+        commit = None if base or Path(theirs).exists() else config.base_revision
+        pipe = load_pipeline(str(TEACHER) if theirs == "digits" else theirs, commit)
+        put_on(pipe, adapter, spec)
         return pipe
     if base is not None:
         raise UpcycleError(f"--base {base} is for an adapter alone, and {spec} is none; leave it out")

@@ -77,11 +77,8 @@ def open_backbone(
     folder = _fetch(spec, revision, _DESCRIPTIONS, None)
     commit = folder.name
 
-    def bring(names: list[str]) -> None:
-        if whole:
-            _fetch(spec, commit, None, _OTHER_FORMATS)
-        else:
-            _fetch(spec, commit, names, None)
+    def bring(names: list[str], needed: list[str]) -> None:
+        _fetch(spec, commit, _of_a_pipeline(names) if whole else needed, None)
 
     return _open(spec, folder, component, variant, spec.split("/")[1], commit, bring)
 
@@ -128,7 +125,8 @@ def _open(
     shards = shards_of(spec, transformer, chosen)
     if bring is not None:
         table = read_json(spec, transformer / chosen)["weight_map"] if chosen.endswith(".json") else {}
-        bring([prefix + shard for shard in sorted({table.get(tensor, chosen) for tensor in wanted} & {*shards})])
+        needed = {table.get(tensor, chosen) for tensor in wanted} & {*shards}
+        bring(names, [prefix + shard for shard in sorted(needed)])
     tensors: dict[str, LazyTensor] = {}
     for shard in shards:
         if (transformer / shard).is_file():
@@ -169,9 +167,14 @@ def _describe(spec: str, config: dict[str, Any]) -> tuple[str, Mapping[str, Any]
 def copied_files(backbone: Backbone) -> list[str]:
     """Files of the base that a converted pipeline keeps, relative to its folder."""
     names = [path.relative_to(backbone.folder).as_posix() for path in backbone.folder.rglob("*") if path.is_file()]
+    return _of_a_pipeline(names)
+
+
+def _of_a_pipeline(names: list[str]) -> list[str]:
+    """Those of a folder's files that its pipeline loads: no hidden ones, no weights at the top (copies for other
+    programs), and where there are safetensors no other format of them."""
     names = [name for name in names if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))]
-    if backbone.subfolder:
-        names = [name for name in names if "/" in name or name == "model_index.json" or name.startswith("LICENSE")]
+    names = [name for name in names if "/" in name or name == "model_index.json" or name.startswith("LICENSE")]
     safe = {name.rpartition("/")[0] for name in names if name.endswith(".safetensors")}
     return sorted(
         name

@@ -124,6 +124,13 @@ def peek(spec: str, *, revision: str | None, variant: str | None = None) -> Glim
     return Glimpse(folder, commit, layout, tensors, files, metadata)
 
 
+def fetch_adapter(spec: str, revision: str | None) -> Path | None:
+    """Bring a DDiT adapter of the repository into the cache; its folder there, or None where it has none."""
+    names = ("ddit.json", "ddit.safetensors")
+    folder = _download(spec, revision, revision, [f"{at}{name}" for at in ("", "ddit/") for name in names])
+    return next((path for path in (folder, folder / "ddit") if (path / names[0]).is_file()), None)
+
+
 def fetch_vae(spec: str) -> Path:
     """Bring a VAE into the cache, from a repository of its own or from the ``vae`` folder of a pipeline's.
 
