@@ -229,12 +229,10 @@ def test_pushing_an_adapter(trained, tmp_path):
     done = json.loads(inside("push-to-hub", trained / "export", "you/x", "--dry-run", "--json").stdout)
     assert "ddit/ddit.safetensors" in done["files"]
     assert "transformer/diffusion_pytorch_model.safetensors" in done["files"]
-    for words in (
-        "base_model" not in done["card"],
-        "trained by distillation" in done["card"],
-        "ddit.apply" in done["card"],
-    ):
-        assert words
+    for words in ("trained by distillation", "ddit.apply", "distill: 1.0", "mean over x2, x4"):
+        assert words in done["card"]
+    for words in ("base_model", "router", "tail_drop"):
+        assert words not in done["card"]
     shutil.copytree(trained / "export/ddit", tmp_path / "alone")
     alone = json.loads(inside("push-to-hub", tmp_path / "alone", "you/x", "--dry-run", "--json").stdout)
     assert set(alone["files"]) == {"ddit.json", "ddit.py", "ddit.safetensors", "README.md"}
@@ -280,6 +278,7 @@ def test_other_bad_input(pipeline_dir, converted, trained, world, tmp_path, fail
         (("--threshold", "-1"), "--threshold -1.0 must be a number"),
         (("--threshold", "1", "--schedule", "2:1"), "two ways"),
         (("--tokens", "3"), "leave out --tokens"),
+        (("--schedule", "2:1", "--order", "2"), "--order is for decisions by a threshold"),
         (("--base", "x/y"), "--base x/y is for an adapter alone"),
     ):
         assert says in failing("sample", converted, *options, "-o", tmp_path / "x")

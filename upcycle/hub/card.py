@@ -280,13 +280,32 @@ def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
                 "",
                 f"{event['steps']} steps of {recipe['batch_size']}, seed {recipe['seed']}; {stated}. The recipe:",
             ]
-            text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+            text = yaml.safe_dump(
+                _of_its_method(recipe), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+            )
             lines += ["", "<details><summary>recipe</summary>", "", "```yaml", text.rstrip(), "```", "", "</details>"]
     if not origin["history"]:
         lines += ["", "Not recorded."]
     if origin["files"]:
         lines += ["", "`upcycle.json` holds this and the SHA-256 of every file; `upcycle info` shows it."]
     return "\n".join(lines)
+
+
+def _of_its_method(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the options that its method does not look at."""
+    if recipe.get("method") != "ddit":
+        return {key: value for key, value in recipe.items() if key not in ("method", "ddit")}
+    others = ("convert", "preview", "teacher_precision", "vae", "heads", "compile")
+    stages = [
+        {key: value for key, value in stage.items() if key not in ("freeze", "anneal", "tail_drop", "teacher_guidance")}
+        | {"losses": {"distill": stage["losses"]["distill"]}}
+        for stage in recipe["stages"]
+    ]
+    optimizer = {key: value for key, value in recipe["optimizer"].items() if not key.endswith("_lr_scale")}
+    return {key: value for key, value in recipe.items() if key not in others} | {
+        "stages": stages,
+        "optimizer": optimizer,
+    }
 
 
 def _limits(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:

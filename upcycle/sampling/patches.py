@@ -71,6 +71,8 @@ def set_schedule(
         if wrong := next((option for option, value in asked.items() if value is not None), None):
             raise UpcycleError(f"{name} has no adapter for coarser patches; leave out {wrong}")
         return
+    if schedule is not None and (wrong := next((o for o in ("--order", "--policy") if asked[o] is not None), None)):
+        raise UpcycleError(f"{wrong} is for decisions by a threshold, and --schedule makes none; leave one of them out")
     changes: dict[str, Any] = {"policy": policy}
     if threshold is not None:
         changes["threshold"] = threshold

@@ -27,8 +27,14 @@ def read(out: Path, recipe: Recipe, step: int) -> Results:
             pictures[f"{name}.png"] = path
     if row is None or recipe.validation is None:
         return Results(pictures=pictures)
+    budget: dict[str, Any] = {"tail_drop": 0, "tokens_kept": round(float(row["tokens_kept"]), 1)}
+    metric = "ε-MSE on held-out data"
+    if recipe.method == "ddit":
+        budget = {"patches": f"mean over x{', x'.join(map(str, recipe.ddit.patches))}"}
+        if float(row["teacher"]) == 0:  # of models that read text the distance to the base is what is measured
+            metric = "relative error to the base on held-out data"
     found = {
-        "metric": "ε-MSE on held-out data",
+        "metric": metric,
         "better": "lower",
         "student": float(row["student"]),
         "teacher": float(row["teacher"]),
@@ -36,8 +42,7 @@ def read(out: Path, recipe: Recipe, step: int) -> Results:
             "data": recipe.validation.data,
             "samples": recipe.validation.samples or "all",
             "timesteps": f"{len(TIMESTEPS)} from {TIMESTEPS[0]} to {TIMESTEPS[-1]}",
-            "tail_drop": 0,
-            "tokens_kept": round(float(row["tokens_kept"]), 1),
+            **budget,
             "step": step,
         },
     }
