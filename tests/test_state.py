@@ -199,6 +199,17 @@ def test_a_checkpoint_of_another_recipe_is_refused(world, tmp_path):
     run_here(small(world, out, *stages, log_every=2, save_every=1, data_workers=1, keep_checkpoints=5), resume=True)
 
 
+def test_checkpoints_from_before_an_option_go_on(world, tmp_path):
+    recipe = small(world, tmp_path / "run", {"steps": 4})
+    run_here(recipe)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000004")
+    told = tmp_path / "run" / "checkpoints" / "step-0000002" / "recipe.json"
+    told.write_text(json.dumps({k: v for k, v in json.loads(told.read_text()).items() if k not in ("method", "ddit")}))
+    run_here(recipe, resume=True)
+    with pytest.raises(UpcycleError, match="seed was 0 and is 3"):
+        prepare(small(world, tmp_path / "run", {"steps": 4}, seed=3), resume=True)
+
+
 def test_damaged_checkpoints_are_named(world, tmp_path):
     recipe = small(world, tmp_path / "run", {"steps": 4})
     run_here(recipe)

@@ -683,7 +683,7 @@ class PatchSwitching:
             gain = gain.view(-1, *[1] * (z.ndim - 1))
         return gain * outside(z, self._projectors[key])
 
-    # What a backbone tells:
+    # What a backbone tells. Instances are made by a change of class, which abc does not look at: so these raise.
 
     @staticmethod
     def switching_layers(c: Any) -> "Layers":

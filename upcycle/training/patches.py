@@ -4,6 +4,7 @@ import math
 import os
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from upcycle.training import schedule
 from upcycle.training.data import Batch
 from upcycle.training.log import TIMES
 from upcycle.training.state import RunState
+from upcycle.training.step import move, set_lr, total_norm
 
 COLUMNS = ("step", "stage", "loss", "distill", "m", "lr", "grad_norm", "skipped", *TIMES)
 TERMS = ("distill",)
@@ -140,33 +142,26 @@ class Updater:
         recipe, run, student = self.recipe, self.run, self.student
         stage, _ = schedule.stage_at(recipe, run.step)
         lr = schedule.learning_rate(recipe, run.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_lr(self.optimizer, lr)
         m = size_at(recipe, run.step, student.config.patches)
         parts = batch.parts(recipe.gradient_accumulation)
         total = torch.zeros((), device=self.accelerator.device)
         for i, part in enumerate(parts):
             x_t = student.mix(part.x0, part.noise, part.timestep)
-            with self.accelerator.autocast():
+            last = i == len(parts) - 1
+            with self.accelerator.autocast(), nullcontext() if last else self.accelerator.no_sync(self.model):
                 expected = student.target(x_t, part.timestep, part.label)
-                if i < len(parts) - 1:
-                    with self.accelerator.no_sync(self.model):
-                        total += self._learn(x_t, part, expected, m, stage.losses.distill, len(parts))
-                else:
-                    total += self._learn(x_t, part, expected, m, stage.losses.distill, len(parts))
+                total += self._learn(x_t, part, expected, m, stage.losses.distill, len(parts))
         parameters = [p for p in student.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm(parameters)
         local = torch.stack([total, norm.to(total), total.new_tensor(float(stop))])
         loss, norm_value, stopped = self.accelerator.reduce(local, reduction="mean").tolist()
         finite = math.isfinite(loss) and math.isfinite(norm_value)
         if finite:
-            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.optimizer.clip, norm)
-            self.optimizer.step()
+            move(self.optimizer, parameters, norm, recipe.optimizer.clip)
             run.update(student)
         self.optimizer.zero_grad()
-        run.step += 1
-        run.skipped += not finite
-        run.skipped_in_row = 0 if finite else run.skipped_in_row + 1
+        run.count(finite)
         weight = stage.losses.distill
         return {
             "step": run.step, "stage": stage.name, "loss": loss, "distill": loss / weight, "m": m, "lr": lr,

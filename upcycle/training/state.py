@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -67,6 +68,12 @@ class RunState:
         bias = router_bias(student)
         if bias is not None and self.ema_bias is not None:
             self.ema_bias.lerp_(bias, 1 - self.ema.cur_decay_value)
+
+    def count(self, finite: bool) -> None:
+        """A step is done; one that was not ``finite`` changed nothing and counts as skipped."""
+        self.step += 1
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
 
     @contextmanager
     def averaged(self, student: ChunkedDiT, guide: float) -> Iterator[None]:
@@ -269,7 +276,10 @@ def changes(checkpoint: Path, recipe: Recipe, step: int) -> list[dict[str, Any]]
 def _differences(checkpoint: Path, recipe: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """Key, value in the checkpoint's recipe and in ``recipe``, of those that matter for the weights."""
     try:
-        theirs = _flat(json.loads((checkpoint / "recipe.json").read_text()))
+        told = json.loads((checkpoint / "recipe.json").read_text())
+        with suppress(ValidationError):  # options that came after it have their defaults
+            told = json.loads(Recipe.model_validate(told).model_dump_json())
+        theirs = _flat(told)
     except (OSError, ValueError, AttributeError) as error:
         raise _damaged(checkpoint, error) from error
     ours = _flat(json.loads(recipe.model_dump_json()))

@@ -71,8 +71,7 @@ class Updater:
         recipe, run = self.recipe, self.run
         stage, _ = schedule.stage_at(recipe, run.step)
         lr = schedule.learning_rate(recipe, run.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_lr(self.optimizer, lr)
         guide = schedule.guide(recipe, run.step, self.start_guide)
         rho = schedule.tail_drop(recipe, run.step)
 
@@ -93,14 +92,11 @@ class Updater:
         *values, norm_value, stopped = self.accelerator.reduce(local, reduction="mean").tolist()
         finite = math.isfinite(values[0]) and math.isfinite(norm_value)
         if finite:
-            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.optimizer.clip, norm)
-            self.optimizer.step()
+            move(self.optimizer, parameters, norm, recipe.optimizer.clip)
             self._hold_ratio(stage, torch.cat(logits))
             run.update(self.student)
         self.optimizer.zero_grad()
-        run.step += 1
-        run.skipped += not finite
-        run.skipped_in_row = 0 if finite else run.skipped_in_row + 1
+        run.count(finite)
         return self._row(stage, values, norm_value, stopped > 0, guide, rho, lr)
 
     # -- the teacher --------------------------------------------------------------------------------------------------
@@ -208,7 +204,7 @@ class Updater:
         return trained
 
     def _norm(self, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm(parameters)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
@@ -246,6 +242,23 @@ class Updater:
             "skipped": self.run.skipped,
             "stop": stop,
         }
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """Learning rates of this step: each group has a share of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def total_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def move(optimizer: Any, parameters: list[torch.nn.Parameter], norm: torch.Tensor, clip: float) -> None:
+    """Clip the gradients, whose ``norm`` is known, and move the weights."""
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    optimizer.step()
 
 
 def parts_of(student: ChunkedDiT, names: Sequence[str]) -> list[torch.nn.Module]:
