@@ -392,12 +392,15 @@ def show(name: str, report: dict[str, Any]) -> None:
     for row_name, row in report["step"].items():
         print(f"| {row_name} | {row['tokens']} | {row['flops'] / 1e9:.4g} | {row['ms']:.4g} | {row['speed_up']:.2f} x "
               f"| {row['flops_speed_up']:.2f} x | {row['realised']:.0%} |")  # fmt: skip
-    print("\n| run | steps by size | ms | speed-up | in FLOPs | realised | product of both |\n" + "|---" * 7 + "|")
-    for row_name, row in report["run"].items():
+    if "run" in report:
+        print("\n| run | steps by size | ms | speed-up | in FLOPs | realised | product of both |\n" + "|---" * 7 + "|")
+    for row_name, row in report.get("run", {}).items():
         by_size = ", ".join(f"{count} at {m}" for m, count in row["steps_by_size"].items())
         both = f"{row['product_of_both']:.2f} x" if "product_of_both" in row else ""
         print(f"| {row_name} | {by_size} | {row['ms']:.4g} | {row['speed_up']:.2f} x | {row['flops_speed_up']:.2f} x "
               f"| {row['realised']:.0%} | {both} |")  # fmt: skip
+    if "overhead" not in report:
+        return
     cost = report["overhead"]
     parts = ", ".join(f"{part} {value:.3g}" for part, value in cost["scheduler_ms"].items())
     print(f"\nScheduler: {parts} ms, {cost['scheduler_share']:.1%} of a step of {cost['ms_of_a_step']:.4g} ms; a run "
@@ -412,14 +415,17 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81, help="of Wan's videos: one more than a multiple of 4")
     parser.add_argument("--steps", type=int, default=25, help="of a run; 25 has exactly 76 %% at 2")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", default="run,overhead", help="beside the steps: some of run, overhead, or none")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true", help="everything tiny")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    names = options.models.split(",")
+    names, parts = options.models.split(","), options.parts.split(",")
     if unknown := set(names) - set(CASES):
         parser.error(f"--models: {min(unknown)} is none of {', '.join(CASES)}")
+    if unknown := set(parts) - {"run", "overhead", "none"}:
+        parser.error(f"--parts: {min(unknown)} is none of run, overhead, none")
     if min(options.depth, options.repeats) < 1 or options.steps < 5 or options.frames % 4 != 1:
         parser.error("--depth and --repeats must be at least 1, --steps 5, --frames one more than a multiple of 4")
     settings = {key: value for key, value in vars(options).items() if key != "json"}
@@ -430,7 +436,11 @@ def main() -> None:
         with torch.inference_mode():
             bench = Bench(CASES[name](options), options)
             step = bench.steps()
-            found = {"depth": bench.case.depth, "step": step, "run": bench.runs(step), "overhead": bench.overheads()}
+            found = {"depth": bench.case.depth, "step": step}
+            if "run" in parts:
+                found["run"] = bench.runs(step)
+            if "overhead" in parts:
+                found["overhead"] = bench.overheads()
         report["models"][name] = found
         if not options.json:
             show(name, found)
