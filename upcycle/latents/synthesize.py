@@ -10,20 +10,9 @@ from diffusers import DDIMScheduler, DiTPipeline
 from upcycle.errors import UpcycleError
 from upcycle.latents.folder import LatentWriter
 from upcycle.latents.vae import weights_hash
-from upcycle.models.identity_vae import IdentityVAE
-from upcycle.sampling.draw import draw
 from upcycle.sampling.pipeline import class_count
+from upcycle.sampling.sampler import Sampling, sample
 from upcycle.sources.vae import describe_vae
-
-
-class _Keep(IdentityVAE):
-    """Keeps the latents that a pipeline wants decoded, untouched: its own scaling_factor is 1."""
-
-    latents: torch.Tensor
-
-    def decode(self, z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.latents = z
-        return super().decode(z, *args, **kwargs)
 
 
 def with_ddim(pipe: DiTPipeline) -> DiTPipeline:
@@ -48,12 +37,8 @@ def sample_latents(
     A (label, seed) gives the same sample in any batch. ``dtype`` is that of the transformer's arithmetic; the latents
     stay in fp32 between steps.
     """
-    keep = _Keep(pipe.transformer.config.in_channels).to(pipe.device)
-    sampler = DiTPipeline(pipe.transformer, keep, pipe.scheduler)
-    sampler.set_progress_bar_config(disable=True)
     with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-        draw(sampler, labels, seeds, steps, guidance_scale)
-    return keep.latents.float()
+        return sample(pipe, labels, seeds, Sampling(steps, guidance_scale))
 
 
 def label_and_seed(index: int, classes: list[int], seed: int) -> tuple[int, int]:
@@ -127,7 +112,7 @@ def synthesize(
         UpcycleError: samples that are not finite; no space left.
     """
 
-    def sample(labels: list[int], seeds: list[int]) -> torch.Tensor:
+    def some(labels: list[int], seeds: list[int]) -> torch.Tensor:
         share = len(labels) / steps
         hook = pipe.transformer.register_forward_hook(lambda *_: on_images(share))
         try:
@@ -135,7 +120,7 @@ def synthesize(
         finally:
             hook.remove()
 
-    draw_shards(writer, classes, seed, batch_size, sample)
+    draw_shards(writer, classes, seed, batch_size, some)
 
 
 def draw_shards(

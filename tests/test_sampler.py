@@ -1,0 +1,104 @@
+"""The sampling loop against the stock pipeline, and what it adds to it."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upcycle.errors import UpcycleError
+from upcycle.models.identity_vae import IdentityVAE
+from upcycle.sampling.draw import clamp_null_class, draw
+from upcycle.sampling.sampler import SAMPLERS, Hold, Sampling, decode, sample, set_sampler, steps
+
+LABELS, SEEDS = [3, 0, 7], [11, 12, 13]
+
+
+@pytest.fixture
+def pipe(dit):
+    pipe = DiTPipeline(dit, IdentityVAE(dit.config.in_channels), DDPMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    handle = clamp_null_class(dit)
+    yield pipe
+    handle.remove()
+
+
+def close(one, other):
+    """Up to rounding, of latents of any size: the weights are random."""
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++", "unipc"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_it_is_the_stock_pipeline(pipe, name, guidance):
+    set_sampler(pipe, name)
+    ours = decode(pipe, sample(pipe, LABELS, SEEDS, Sampling(6, guidance)))
+    assert torch.equal(ours, draw(pipe, LABELS, SEEDS, 6, guidance))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sample_does_not_depend_on_its_batch(pipe, name):
+    set_sampler(pipe, name)
+    whole = sample(pipe, LABELS, SEEDS, Sampling(5, 3.0))
+    for i in range(3):
+        close(sample(pipe, LABELS[i : i + 1], SEEDS[i : i + 1], Sampling(5, 3.0)), whole[i : i + 1])
+
+
+def test_guided_channels_and_the_rest(pipe):
+    """Meta guides three channels of four; the fourth is the conditional one."""
+    set_sampler(pipe, "ddim")
+    one = next(iter(steps(pipe, LABELS, SEEDS, Sampling(4, 3.0, guidance_channels=3))))
+    plain = next(iter(steps(pipe, LABELS, SEEDS, Sampling(4, 1.0))))
+    every = next(iter(steps(pipe, LABELS, SEEDS, Sampling(4, 3.0))))
+    torch.testing.assert_close(one.x_0[:, 3], plain.x_0[:, 3], atol=1e-4, rtol=1e-5)
+    assert torch.equal(one.x_0[:, :3], every.x_0[:, :3])
+    assert (one.x_0[:, :3] - plain.x_0[:, :3]).abs().max() > 0.1
+
+
+def test_guidance_interval(pipe):
+    set_sampler(pipe, "ddim")
+    seen = list(steps(pipe, LABELS, SEEDS, Sampling(10, 3.0, guidance_interval=(300, 600))))
+    assert [step.t for step in seen if step.guided] == [600, 500, 400, 300]
+    outside = sample(pipe, LABELS, SEEDS, Sampling(10, 3.0, guidance_interval=(950, 999)))
+    assert torch.equal(outside, sample(pipe, LABELS, SEEDS, Sampling(10, 1.0)))
+
+
+@given(every=st.integers(2, 7), count=st.integers(2, 12))
+@settings(max_examples=10, deadline=None)
+def test_held_steps(dit, every, count):
+    pipe = DiTPipeline(dit, IdentityVAE(dit.config.in_channels), DDPMScheduler(clip_sample=False))
+    set_sampler(pipe, "ddim")
+    calls = []
+    handle = dit.register_forward_hook(lambda *_: calls.append(1))
+    seen = list(steps(pipe, [1], [2], Sampling(count, 1.0, hold=Hold(every))))
+    handle.remove()
+    asked = [i for i, step in enumerate(seen) if step.asked]
+    assert asked == [i for i in range(count) if i % every == 0 or i == count - 1]
+    assert len(calls) == len(asked)
+
+
+def test_a_held_estimate_goes_on_along_its_line(pipe):
+    set_sampler(pipe, "ddim")
+    seen = list(steps(pipe, LABELS, SEEDS, Sampling(9, 2.0, hold=Hold(3, slope=0.5))))
+    assert torch.equal(seen[0].previous.isfinite(), torch.ones_like(seen[0].previous, dtype=torch.bool))
+    torch.testing.assert_close(seen[1].x_0, seen[0].x_0, atol=1e-4, rtol=1e-4)  # no line through one point
+    line = seen[3].x_0 + 0.5 * 2 / 3 * (seen[3].x_0 - seen[0].x_0)
+    torch.testing.assert_close(seen[5].x_0, line, atol=1e-4, rtol=1e-4)
+
+
+def test_a_limit_is_for_each_sample_by_itself(pipe):
+    set_sampler(pipe, "ddim")
+    how = Sampling(12, 2.0, hold=Hold(limit=0.35))
+    whole = list(steps(pipe, LABELS, SEEDS, how))
+    assert 2 < sum(len(step.asked) for step in whole) / 3 < 12
+    for i in range(3):
+        alone = list(steps(pipe, LABELS[i : i + 1], SEEDS[i : i + 1], how))
+        assert [bool(step.asked) for step in alone] == [i in step.asked for step in whole]
+        close(alone[-1].previous, whole[-1].previous[i : i + 1])
+    assert sum(len(step.asked) for step in steps(pipe, LABELS, SEEDS, Sampling(12, 2.0, hold=Hold(limit=1e-9)))) == 36
+
+
+@pytest.mark.parametrize("wrong", [{}, {"every": 1}, {"limit": 0.0}, {"every": 2, "limit": 0.1}])
+def test_wrong_holding(wrong):
+    with pytest.raises(UpcycleError, match="hold"):
+        Hold(**wrong)
