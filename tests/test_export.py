@@ -278,7 +278,7 @@ def test_models_of_the_hub(dit, pipeline_dir, export_dir, tmp_path):
     ("change", "says"),
     [
         ("trained", "conv_out.bias is not zero"),
-        ("dropping", "drops 25%"),
+        ("dropping", "tail_drop is 0.25"),
         ("ratio", "ratio is 16"),
         ("router", "router"),
     ],

@@ -25,8 +25,8 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
     Returns:
         ``kind`` ("student", "teacher" or "dc-dit"), ``shape`` (a dict), ``parameters``, ``dtypes`` (parameters by
         dtype), ``bytes`` of the weights (these three None where only a pickle knows), for students ``scaffold``,
-        ``router``, ``ratio`` and ``tail_drop``; ``flops_per_image``, ``licence``, ``revision`` and ``provenance``
-        (`upcycle.json`, None where there is none).
+        ``router``, ``ratio``, ``tail_drop`` and ``calibration``; ``flops_per_image``, ``licence``, ``revision``
+        and ``provenance`` (`upcycle.json`, None where there is none).
 
     Raises:
         UpcycleError: nothing there, another kind of model, damaged files; see `open_source`.
@@ -112,6 +112,9 @@ def _facts(
             "router": values["router"],
             "ratio": values["ratio"],
             "tail_drop": {"default": values.get("tail_drop", 0.0), "trained_with": trained_tail_drops(origin)},
+            "calibration": {key: values["calibration"].get(key) for key in ("sampler", "steps", "guidance_scale")}
+            if values["calibration"]
+            else None,
             "flops_per_image": student_flops_by_tail_drop(values),
         }
     return facts | {"provenance": origin}

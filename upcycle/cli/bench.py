@@ -216,6 +216,7 @@ def _base_of(student: Any) -> Any:
 def _from_model(model: str, teacher: str | None) -> tuple[Any, Any]:
     from pathlib import Path
 
+    from upcycle.evaluation.flops import teacher_patch
     from upcycle.graft.patches import adapter_folder
     from upcycle.graft.verify import stock_dit
     from upcycle.sampling.pipeline import load_pipeline
@@ -232,7 +233,7 @@ def _from_model(model: str, teacher: str | None) -> tuple[Any, Any]:
     if teacher:
         return _teacher(teacher), student
     c = student.config
-    patch = c.patch_size if c.scaffold == "lean" else max(1, round(c.ratio**0.5))
+    patch = teacher_patch(c)
     keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "sample_size",
             "num_classes", "norm_eps")  # fmt: skip
     values = {key: c[key] for key in keys}

@@ -1,4 +1,4 @@
-"""`upcycle calibrate`: choose the threshold of a DDiT adapter for a wanted speed-up."""
+"""`upcycle calibrate`: measure what budgets need: the threshold of a DDiT adapter, or the tokens of a student."""
 
 import math
 import os
@@ -15,15 +15,19 @@ EPILOG = """
 [bold]Examples[/bold]\n
   upcycle calibrate DiT-XL-2-256-ddit --speed-up 2\n
   upcycle calibrate runs/ddit-digits/export --speed-up 1.5 --steps 20 --classes 0,1,2,3\n
+  upcycle calibrate runs/xl4/export --steps 50       # a student: for sample --budget 0.6 and set_budget\n
   upcycle calibrate FLUX.1-dev-ddit --speed-up 2 --steps 28 --prompt 'a red fox' --prompt 'an old house'\n
 """
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Folder that convert --method ddit or finetune made.")],
-    speed_up: Annotated[float, typer.Option(help="How many times as fast the denoising steps are to be, > 1.")] = 1.5,
+    model: Annotated[str, typer.Argument(help="Folder that convert or finetune made.")],
+    speed_up: Annotated[
+        float | None, typer.Option(help="ddit: how many times as fast the steps are to be, > 1. Default: 1.5.")
+    ] = None,
     classes: Annotated[
-        str | None, typer.Option(help="Class ids or names to sample, separated by commas. Default: the first four.")
+        str | None,
+        typer.Option(help="Class ids or names, separated by commas. Default: the first four; of a student 16."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What to draw, of FLUX.1, Wan and Z-Image; again for more.")
@@ -42,7 +46,7 @@ def calibrate(
         Dtype | None, typer.Option(help="With a prompt: of weights and arithmetic. Default: bf16 on CUDA, else fp32.")
     ] = None,
     cost: Annotated[
-        Literal["time", "tokens"], typer.Option(help="Of a step: its time here, or its share of the tokens.")
+        Literal["time", "tokens"], typer.Option(help="ddit: of a step, its time here, or its share of the tokens.")
     ] = "time",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image.")] = 0,
     base: Annotated[
@@ -51,17 +55,18 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Measure steps and deviations on these classes (or prompts), and store the threshold with the adapter.
+    """Measure on these classes (or prompts), and store with the model what budgets need.
 
-    A threshold holds for the sampler and the number of steps that it was chosen for: more steps move the latents less
-    in each.
+    Of an adapter for coarser patches (ddit) that is a threshold, which holds for the sampler and the number of steps
+    that it was chosen for: more steps move the latents less in each. Of a student it is the tokens that it keeps at
+    each timestep without any tail drop.
     """
-    if not 1 < speed_up < math.inf:
+    if speed_up is not None and not 1 < speed_up < math.inf:
         raise UpcycleError(f"--speed-up {speed_up:g} must be more than 1, such as 1.5")
     if steps is not None and not 1 <= steps <= 1000:
         raise UpcycleError(f"--steps {steps} must be from 1 to 1000, the training's timesteps")
     if not os.path.isdir(model):
-        raise UpcycleError(f"{model}: no such folder; give one that convert --method ddit or finetune made")
+        raise UpcycleError(f"{model}: no such folder; give one that convert or finetune made")
 
     from upcycle.cli.show import print_json, quiet_libraries, stderr, stdout, working
 
@@ -70,12 +75,25 @@ def calibrate(
         from upcycle.graft.patches import adapter_folder, update
         from upcycle.sampling import patches
         from upcycle.sampling.prompts import find
+        from upcycle.sources.student import is_student
 
         folder = adapter_folder(Path(model))
+        student = folder is None and is_student(Path(model))
+    only = {"--height": height, "--width": width, "--num-frames": num_frames, "--dtype": dtype}
+    if student:
+        from upcycle.cli.calibrate_student import calibrate_student
+
+        for name, value in {"--speed-up": speed_up, "--prompt": prompt, "--base": base, **only}.items():
+            if value is not None:
+                raise UpcycleError(f"{model} is a student of a DiT; leave out {name}")
+        scale = 4.0 if guidance_scale is None else guidance_scale
+        calibrate_student(model, classes, steps or 50, scale, seed, device, as_json)
+        return
+    with working(f"loading {model}"):
         if folder is None:
-            raise UpcycleError(f"{model} holds no adapter for coarser patches; make one with convert --method ddit")
+            raise UpcycleError(f"{model} is no student, and holds no adapter for coarser patches; use convert first")
+        speed_up = 1.5 if speed_up is None else speed_up
         found = find(model, base=base, wanted=prompt is not None)
-        only = {"--height": height, "--width": width, "--num-frames": num_frames, "--dtype": dtype}
         if found is None and (wrong := next((name for name, value in only.items() if value is not None), None)):
             raise UpcycleError(f"{model} draws classes; {wrong} is for pipelines with text, leave it out")
         if found is not None and classes is not None:

@@ -67,6 +67,7 @@ def _show(facts: dict[str, Any]) -> None:
 
 def _add_shape(table: Any, facts: dict[str, Any]) -> None:
     from upcycle.cli.show import count, size
+    from upcycle.sampling.budget import told
 
     shape = facts["shape"]
     table.add_row("kind", facts["kind"] + (f", {shape['name']}" if shape["name"] else ""))
@@ -84,7 +85,10 @@ def _add_shape(table: Any, facts: dict[str, Any]) -> None:
         table.add_row("ratio", f"{facts['ratio']:g}: about {grid**2 / facts['ratio']:.0f} of {grid**2} tokens")
         drops = facts["tail_drop"]
         trained = ", ".join(f"{rho:g}" for rho in drops["trained_with"] or []) or "none"
-        table.add_row("tail drop", f"{drops['default']:g} by default; trained with {trained}")
+        table.add_row("tail drop", f"{told(drops['default'])} by default; trained with {trained}")
+        if found := facts["calibration"]:
+            measured = f"{found['steps']} steps of {found['sampler']}, guidance {found['guidance_scale']:g}"
+            table.add_row("set_budget", f"calibrated with {measured}")
     for rho, value in (facts["flops_per_image"] or {}).items():
         at = f", ρ={rho}" if facts["kind"] == "student" else ""
         table.add_row(f"FLOPs per image{at}", count(value).strip())

@@ -15,6 +15,7 @@ EPILOG = """
   upcycle sample upcycle-demo/pipeline --classes 0,1,2,3 --seed 7 -o samples\n
   upcycle sample DiT-XL-2-256-dc4 --classes 207,360 --num 8 --tail-drop 0.4 -o samples\n
   upcycle sample DiT-XL-2-256-dc4 --tokens 0:160,500:64 -o samples        # 64 at t >= 500, 160 below\n
+  upcycle sample DiT-XL-2-256-dc4 --budget 0.6 --uncond-tail-drop 0.9 -o samples     # after upcycle calibrate\n
   upcycle sample DiT-XL-2-256-ddit --schedule 4:0.3,2:0.5,1:0.2 -o samples   # patches 4, 2, 1 times as large\n
   upcycle sample FLUX.1-dev-ddit --prompt 'a red fox' --height 512 --width 512 -o samples   # Wan, Z-Image too\n
   upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --steps 250 -o teacher\n
@@ -46,10 +47,20 @@ def sample(
     dtype: Annotated[
         Dtype | None, typer.Option(help="With a prompt: of weights and arithmetic. Default: bf16 on CUDA, else fp32.")
     ] = None,
-    tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Share of the kept tokens to drop, 0 to 1.")] = 0.0,
+    tail_drop: Annotated[
+        str | None,
+        typer.Option(metavar="ρ|t:ρ,...", help="Share of the kept tokens to drop, 0 to 1. Default: the export's own."),
+    ] = None,
+    uncond_tail_drop: Annotated[
+        str | None, typer.Option(metavar="ρ|t:ρ,...", help="Of the unconditional half, Lite-CFG. Default: as above.")
+    ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(metavar="M|t:M,t:M", help="Keep M tokens of every sample instead, for each range of t if asked."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE|nT", help="Instead: 0.6 of the teacher's cost, or 40T, TFLOPs an image."),
     ] = None,
     threshold: Annotated[
         float | None,
@@ -78,16 +89,16 @@ def sample(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
 ) -> None:
     """Draw samples; the same seed starts from the same noise for teacher and student."""
-    if not 0 <= tail_drop < 1:
-        raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
+    from upcycle.sampling import budget as budgets
+
+    words = {"--tail-drop": tail_drop, "--uncond-tail-drop": uncond_tail_drop, "--tokens": tokens, "--budget": budget}
+    asked = budgets.parse(words)
     counts: dict[str, int | None] = {"--num": num, "--steps": steps, "--batch-size": batch_size}
     for name, number in counts.items():
         if number is not None and number < 1:
             raise UpcycleError(f"{name} {number} must be at least 1")
     if steps is not None and steps > 1000:
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
-    if tail_drop and tokens is not None:
-        raise UpcycleError("--tail-drop and --tokens are two budgets; give one of them")
     if threshold is not None and not 0 <= threshold < math.inf:
         raise UpcycleError(f"--threshold {threshold} must be a number of at least 0")
     if threshold is not None and schedule is not None:
@@ -110,7 +121,6 @@ def sample(
         from upcycle.models.chunked_dit import ChunkedDiT
         from upcycle.output import check_output, new_folder
         from upcycle.sampling import patches as coarse
-        from upcycle.sampling.budget import follow, parse_tokens
         from upcycle.sampling.draw import TokenCounter, draw
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
@@ -127,7 +137,7 @@ def sample(
     if text is not None:
         from upcycle.cli.sample_prompts import sample_prompts
 
-        for name, value in (("--classes", classes), ("--tokens", tokens), ("--tail-drop", tail_drop or None)):
+        for name, value in (("--classes", classes), *words.items()):
             if value is not None:
                 raise UpcycleError(f"{model} draws from text, with --prompt; leave out {name}")
         sample_prompts(
@@ -144,32 +154,31 @@ def sample(
         count = class_count(pipe)
         labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
         student = isinstance(pipe.transformer, ChunkedDiT)
-        if not student and (tail_drop or tokens is not None):
-            option = "--tail-drop" if tail_drop else "--tokens"
+        if asked and not student:
+            option = next(iter(asked))
             raise UpcycleError(f"{model} is a fixed-patch DiT, which keeps all of its tokens; leave out {option}")
         if student:
-            pipe.transformer.set_tail_drop(tail_drop)
-        if tokens is not None:
-            follow(pipe.transformer, parse_tokens(tokens, pipe.transformer.config.sample_size**2))
+            budgets.put_on(pipe.transformer, asked, steps, guidance_scale > 1)
         to_device(pipe, device)
     for note in coarse.notes(pipe.transformer, steps):
         stderr.print(f"note: {note}")
     pipe.set_progress_bar_config(disable=True)
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    images, kept, runs = [], [], []
+    images, kept, kept_by_all, runs = [], [], [], []
     with progress() as bar:
         task = bar.add_task("sampling", total=len(batches) * steps)
         hook = pipe.transformer.register_forward_hook(lambda *_: bar.advance(task))
         for batch in batches:
-            counter = TokenCounter(pipe.transformer, len(batch)) if student else None
+            counter = TokenCounter(pipe.transformer, 2 * len(batch)) if student else None  # both halves
             batch_labels, batch_seeds = [label for label, _ in batch], [seed for _, seed in batch]
             images.append(draw(pipe, batch_labels, batch_seeds, steps, guidance_scale).cpu())
             if patches is not None:
                 runs.append(pipe.transformer.schedule.log)
             if counter:
                 counter.remove()
-                kept += [n for step in counter.kept for n in step]
+                kept += [n for step in counter.kept for n in step[: len(batch)]]
+                kept_by_all += [n for step in counter.kept for n in step]
         hook.remove()
     grid = torch.cat(images)
     with new_folder(out, force, keep=keep) as folder:
@@ -183,12 +192,19 @@ def sample(
     sizes = coarse.steps_by_size([entry for log in runs for entry in log]) if patches is not None else None
     if as_json:
         report = {"out": str(out), "images": len(jobs), "tokens_kept": mean_kept, "positions": size}
+        if student:
+            drop = pipe.transformer.tail_drop
+            report["tail_drop"] = drop if isinstance(drop, float) else budgets.told(drop)
+            report["share_of_teacher"] = budgets.share_spent(pipe.transformer.config, kept_by_all)
         print_json(report | ({"steps_by_size": sizes} if sizes is not None else {}))
         return
     if sizes is not None:
         stdout.print(coarse.told(sizes, out))
     if mean_kept is not None:
         stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
+        spent = budgets.share_spent(pipe.transformer.config, kept_by_all)
+        found = f", at ρ = {budgets.told(pipe.transformer.tail_drop)}" if pipe.transformer.budget else ""
+        stdout.print(f"FLOPs: {spent:.3f} of what the teacher's run costs{found}")
     stdout.print(f"{len(jobs)} images")
     stdout.print(str(out / "samples.png"), style="bold")
 

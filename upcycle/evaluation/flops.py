@@ -89,6 +89,23 @@ def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, flo
     return parts
 
 
+def polynomial(config: Mapping[str, Any]) -> tuple[float, float, float]:
+    """a, b and c of `chunked_dit_flops`, all parts, as a + b M + c M^2 of the tokens M; exact."""
+    at_0, at_1, at_2 = (sum(chunked_dit_flops(config, tokens).values()) for tokens in (0, 1, 2))
+    square = (at_2 - 2 * at_1 + at_0) / 2
+    return at_0, at_1 - at_0 - square, square
+
+
+def teacher_patch(config: Mapping[str, Any]) -> int:
+    """Patch size of the teacher of a `ChunkedDiT`; the paper scaffold does not hold it, but keeps as many tokens."""
+    return config["patch_size"] if config["scaffold"] == "lean" else max(1, round(config["ratio"] ** 0.5))
+
+
+def teacher_flops(config: Mapping[str, Any]) -> float:
+    """`dit_flops` of the teacher of a `ChunkedDiT`."""
+    return dit_flops({**config, "patch_size": teacher_patch(config)})
+
+
 def tokens_at_ratio(config: Mapping[str, Any]) -> float:
     """Tokens that a router keeps when it meets its ratio (a fixed grid: its own count)."""
     side = config["sample_size"]

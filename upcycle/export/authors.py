@@ -47,8 +47,10 @@ def export_authors(
     with new_file(out, force, bytes_needed=sum(map(nbytes, state.values())), keep=(student.path,)) as file:
         write_torch_file(file, state, lambda ours: {"model": ours, "ema": ours, "config": config}, written)
     notes = convention_notes(c["time_embedding"], c["norm_eps"])
-    if c["tail_drop"]:
+    if isinstance(c["tail_drop"], int | float) and c["tail_drop"]:
         notes.append(f"the layout holds no budget: pass --tail-dropping-fraction {c['tail_drop']:g} to their sample.py")
+    elif budget := next((name for name in ("tail_drop", "uncond_tail_drop", "tokens", "budget") if c[name]), None):
+        notes.append(f"the layout holds no budget: {budget} {c[budget]} is left out")
     return notes
 
 

@@ -110,8 +110,9 @@ def _no_dit(c: dict[str, Any], tensors: dict[str, LazyTensor]) -> str | None:
         return f"its router is {c['router']} and not grid"
     if c["ratio"] != c["patch_size"] ** 2:
         return f"its ratio is {c['ratio']:g} and not {c['patch_size'] ** 2}, its patch size squared"
-    if c["tail_drop"]:
-        return f"it drops {c['tail_drop']:.0%} of its tokens"
+    budget = next((name for name in ("tail_drop", "uncond_tail_drop", "tokens", "budget") if c[name]), None)
+    if budget:
+        return f"its {budget} is {c[budget]} by default, so that it drops tokens"
     trained = next((name for name in _SCAFFOLD_ENDS if tensors[name].load().any()), None)
     return f"{trained} is not zero any more, so that its scaffold adds to the DiT" if trained else None
 

@@ -256,8 +256,16 @@ def _budget(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
         "```python\n"
         "pipe.transformer.set_tail_drop(0.3)  # everywhere\n"
         "pipe.transformer.set_lite_cfg(uncond=0.9)  # in the unconditional half of a guided batch\n"
-        f"```\n\n{said} The quality at ρ > 0 and with Lite-CFG: {NOT_MEASURED}, unless the table above says so."
+        f"{_target(config)}```\n\n{said} "
+        f"The quality at ρ > 0 and with Lite-CFG: {NOT_MEASURED}, unless the table above says so."
     )
+
+
+def _target(config: Mapping[str, Any]) -> str:
+    if not config["calibration"]:
+        return ""
+    steps = config["calibration"]["steps"]
+    return f"pipe.transformer.set_budget(share=0.6)  # of what the teacher costs, calibrated at {steps} steps\n"
 
 
 def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from upcycle.evaluation.speed import SPEED, machine
 from upcycle.graft.export import PICTURES
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import write_bytes
+from upcycle.sampling.budget import told
 from upcycle.sampling.draw import TokenCounter, draw
 from upcycle.sampling.grid import save_grid
 from upcycle.sampling.pipeline import class_count
@@ -58,6 +59,7 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
         patches = (config.sample_size // config.patch_size) ** 2
         plots.compression(counter.timesteps, kept, config.sample_size**2, patches, pictures / "compression.png")
         drawn = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    drop = pipe.transformer.tail_drop
     found = {
         "metric": SPEED,
         "better": "lower",
@@ -67,7 +69,7 @@ def measure(folder: Path, pipe: DiTPipeline, *, step: Callable[[], None] = lambd
             "steps": STEPS,
             "guidance_scale": GUIDANCE_SCALE,
             "images": len(labels),
-            "tail_drop": pipe.transformer.tail_drop,
+            "tail_drop": drop if isinstance(drop, float) else told(drop),
             "tokens_kept": round(kept.float().mean().item(), 1),
             "machine": machine(pipe.device),
         },

@@ -18,8 +18,10 @@ import hashlib
 import inspect
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -757,6 +759,70 @@ def random_logit(timestep: torch.Tensor, size: int, ratio: float) -> torch.Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Budgets
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number for every timestep, piecewise constant: ``pairs`` of (t, number) hold from t up; sorted, from t = 0."""
+
+    pairs: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> "Schedule | None":
+        """A mapping {t: number} or a list of pairs as a schedule, None for anything else.
+
+        Keys may be strings, which JSON makes of them. Raises ValueError, which calls it ``name``.
+        """
+        pairs = [*value.items()] if isinstance(value, Mapping) else value
+        if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+            return None
+        try:
+            made = sorted((int(str(t)), float(number)) for t, number in pairs)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must hold timesteps and numbers, got {value}") from None
+        starts = [t for t, _ in made]
+        if starts[:1] != [0] or len(set(starts)) < len(starts):
+            raise ValueError(f"{name} must begin at t = 0 and name no timestep twice, got {value}")
+        return cls(tuple(made))
+
+    def at(self, t: float) -> float:
+        """The number for a timestep that the host knows."""
+        return [number for start, number in self.pairs if t >= start or not start][-1]
+
+    def values(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The numbers for timesteps [B], fp32 [B], made on their device without a look at them."""
+        numbers = torch.full_like(timestep, self.pairs[0][1], dtype=torch.float32)
+        for start, number in self.pairs[1:]:
+            numbers = torch.where(timestep >= start, number, numbers)
+        return numbers
+
+
+TailDrop: TypeAlias = float | Sequence[float] | torch.Tensor | Mapping[int, float] | Sequence[tuple[int, float]]
+"""A share in [0, 1): of all samples, of each ([B]; half as many are for the two halves of a guided batch alike), or of
+each range of timesteps (see `Schedule`)."""
+
+
+def _tail_drop(name: str, value: TailDrop) -> float | torch.Tensor | Schedule:
+    """A share in one of its three forms; per-sample values as fp32 on the CPU. Raises ValueError for any other."""
+    made: Any = Schedule.of(name, value)
+    try:
+        if made is not None:
+            numbers = [number for _, number in made.pairs]
+        elif isinstance(value, list | tuple) or (isinstance(value, torch.Tensor) and value.ndim):
+            made = torch.as_tensor(value, dtype=torch.float32, device="cpu").detach()
+            numbers = made.tolist() if made.ndim == 1 else []
+        else:
+            made = float(value)  # type: ignore[arg-type]
+            numbers = [made]
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, one a sample, or a schedule, got {value!r}") from None
+    if not numbers or not all(0 <= number < 1 for number in numbers):
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -781,7 +847,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         num_train_timesteps, beta_start, beta_end, beta_schedule: the noise schedule of the teacher (lean: the fill of
             uncovered positions works in x0 space).
         sample_range: clamp of the x0 estimate there: 1 for pixels, about 5 for scaled VAE latents.
-        tail_drop: default fraction of the kept tokens to drop, in [0, 1).
+        tail_drop, uncond_tail_drop, tokens, budget: what `set_tail_drop`, `set_lite_cfg`, `set_tokens` and `set_budget`
+            set at first, in forms that JSON holds; ``budget`` is a share or the arguments, such as {"tflops": 40}.
+        calibration: what `upcycle calibrate` measured for `set_budget`; of FLOPs a + b M + c M^2 of a forward it
+            holds a, b and c.
     """
 
     _auto_class = "AutoModel"
@@ -819,7 +888,11 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         sample_range: float = 5.0,
-        tail_drop: float = 0.0,
+        tail_drop: float | list | dict = 0.0,
+        uncond_tail_drop: float | list | dict | None = None,
+        tokens: int | list | dict | None = None,
+        budget: float | dict | None = None,
+        calibration: dict[str, Any] | None = None,
     ):
         super().__init__()
         if scaffold not in ("lean", "paper"):
@@ -831,8 +904,12 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         self.guide = guide
         self.set_tail_drop(tail_drop)
-        self.set_lite_cfg(None)
-        self.set_tokens(None)
+        self.set_lite_cfg(uncond_tail_drop)
+        if budget is not None and (tail_drop or tokens is not None):
+            raise ValueError(f"budget {budget} finds the tail drop: give tail_drop=0 and tokens=None beside it")
+        if budget is not None:
+            self.set_budget(**(budget if isinstance(budget, dict) else {"share": budget}))
+        self.set_tokens(tokens)
         self._constants: dict[tuple, torch.Tensor] = {}
 
         self.embedders = nn.ModuleList(
@@ -875,25 +952,121 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
 
     # -- budgets ------------------------------------------------------------------------------------------------------
 
-    def set_tail_drop(self, tail_drop: float) -> None:
-        """Drop this fraction of the kept tokens from now on (0 <= tail_drop < 1; DC-DiT, elastic inference)."""
-        if not 0 <= tail_drop < 1:
-            raise ValueError(f"tail_drop must be in [0, 1), got {tail_drop}")
-        self.tail_drop = float(tail_drop)
+    def set_tail_drop(self, tail_drop: TailDrop) -> None:
+        """Drop this share of the kept tokens from now on (DC-DiT, elastic inference): a number, one a sample, or a
+        schedule over t, such as {0: 0.2, 500: 0.5}. Ends a `set_budget`. Raises ValueError unless all are in [0, 1)."""
+        self.tail_drop = _tail_drop("tail_drop", tail_drop)
+        self.budget: dict[str, Any] | None = None
 
-    def set_lite_cfg(self, uncond: float | None) -> None:
-        """Drop this fraction for samples of the null class from now on, the unconditional half under guidance
-        (0 <= uncond < 1; None: as for the others; DC-DiT, Lite-CFG)."""
-        if uncond is not None and not 0 <= uncond < 1:
-            raise ValueError(f"uncond must be in [0, 1), got {uncond}")
-        self.uncond_tail_drop = uncond
+    def set_lite_cfg(self, uncond: TailDrop | None) -> None:
+        """Drop this share for samples of the null class from now on, the unconditional half under guidance; forms as of
+        `set_tail_drop`, None: as for the others (DC-DiT, Lite-CFG). A `set_budget` is met anew."""
+        self.uncond_tail_drop = None if uncond is None else _tail_drop("uncond", uncond)
+        if self.budget is not None:
+            self.set_budget(**self.budget)
 
-    def set_tokens(self, tokens: int | None) -> None:
+    def set_tokens(self, tokens: int | Mapping[int, int] | Sequence[tuple[int, int]] | None) -> None:
         """Keep this many tokens of every sample from now on, the most probable ones, whatever the other budgets say
-        (None: as many as the router likes). All shapes are static then, and a forward never waits for the device."""
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.tokens = tokens
+        (None: as many as the router likes). All shapes are static then, and a forward never waits for the device,
+        but for a schedule over t, such as {0: 160, 500: 64}: it reads the timesteps, of which all must ask for as many.
+        """
+        schedule = Schedule.of("tokens", {0: tokens} if isinstance(tokens, int | float) else tokens)
+        if tokens is not None and not (schedule and all(n >= 1 and n.is_integer() for _, n in schedule.pairs)):
+            raise ValueError(f"tokens must be at least 1, or a schedule of such numbers, got {tokens}")
+        changes = schedule is not None and len(schedule.pairs) > 1
+        self.tokens: int | Schedule | None = schedule if schedule is None or changes else int(schedule.at(0))
+
+    def set_budget(
+        self,
+        share: float | None = None,
+        *,
+        tflops: float | None = None,
+        steps: int | None = None,
+        guided: bool | None = None,
+    ) -> None:
+        """Spend this much on an image from now on; finds the tail drop that does, from what `upcycle calibrate` stored.
+
+        Args:
+            share: of what the teacher's run costs; or
+            tflops: 10^12 FLOPs in the papers' counting (2 per multiply-add), all steps, both halves under guidance.
+            steps, guided: the run that it is for, by default the one that was calibrated.
+
+        `set_lite_cfg` stays as it is for the null class. A later `set_tail_drop` ends the budget.
+
+        Raises:
+            ValueError: no calibration, or no tail drop costs as much; it names the range that can be had.
+        """
+        if (share is None) == (tflops is None):
+            raise ValueError("give either share, of the teacher's cost, or tflops")
+        known: dict[str, Any] | None = self.config.calibration
+        if not known:
+            raise ValueError("this model is not calibrated, so it cannot meet a budget; run upcycle calibrate on it")
+        if guided and not known["unconditional"]:
+            raise ValueError("this model is calibrated without guidance; run upcycle calibrate with --guidance-scale")
+        halves = 2 if guided or (guided is None and known["unconditional"]) else 1
+        count = known["steps"] if steps is None else steps
+        asked, unit, whole = tflops or 0.0, "TFLOPs an image", 1e12
+        if share is not None:
+            asked, unit, whole = share, "of its teacher's cost", count * halves * known["teacher_flops"]
+
+        def cost(rho: float) -> float:
+            return count * self._forward_flops(rho, halves) / whole
+
+        low, high = 0.0, 1 - 2**-24
+        least, most = cost(high), cost(low)
+        if not least <= asked <= most:
+            why = "a tail drop near 1 costs more" if asked < least else "a tail drop of 0 costs less"
+            raise ValueError(f"a budget of {asked:g} {unit} is not to be had ({why}); {least:.4g} to {most:.4g} are")
+        if asked < most:
+            for _ in range(50):
+                middle = (low + high) / 2
+                low, high = (middle, high) if cost(middle) > asked else (low, middle)
+        self.set_tail_drop(high if asked < most else 0.0)
+        self.budget = {"share": share, "tflops": tflops, "steps": steps, "guided": guided}
+
+    def _forward_flops(self, tail_drop: float, halves: int) -> float:
+        """FLOPs of a step of an image at this tail drop, on average over the calibrated timesteps; ``halves`` 2: with
+        the unconditional one."""
+        known = self.config.calibration
+        a, b, c = known["flops"]
+        uncond = tail_drop if self.uncond_tail_drop is None else self.uncond_tail_drop
+        parts = [(known["conditional"], tail_drop), (known["unconditional"], uncond)][:halves]
+        total = 0.0
+        for half, drop in parts:
+            for t, mean, square in zip(known["timesteps"], half["tokens"], half["squares"], strict=True):
+                drops = drop.tolist() if isinstance(drop, torch.Tensor) else [drop]
+                for rho in (d.at(t) if isinstance(d, Schedule) else d for d in drops):
+                    # The count dropped is rounded down: of M tokens (1 - rho) M and about half a token stay.
+                    kept, rest = (1 - rho) * mean, min(0.5, rho * mean)
+                    squares = (1 - rho) ** 2 * square + 2 * kept * rest + 4 / 3 * rest**2
+                    total += (a + b * max(1.0, kept + rest) + c * max(1.0, squares)) / len(drops)
+        return total / len(known["timesteps"])
+
+    def _per_sample(self, name: str, timestep: torch.Tensor) -> float | torch.Tensor:
+        """The share ``name`` ("tail_drop" or "uncond_tail_drop") for samples at ``timestep`` [B]: a float, or fp32 [B].
+
+        Half as many values as samples are for the two halves of a guided batch.
+        """
+        value, batch = getattr(self, name), len(timestep)
+        if isinstance(value, Schedule):
+            return value.values(timestep) if len(value.pairs) > 1 else value.pairs[0][1]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.device != timestep.device:
+            value = value.to(timestep.device)
+            setattr(self, name, value)  # copied once
+        if batch not in (len(value), 2 * len(value)):
+            raise ValueError(f"{name} has {len(value)} values, and the batch {batch} samples; give one an image")
+        return value if len(value) == batch else value.repeat(2)
+
+    def _tokens_at(self, timestep: torch.Tensor) -> int | None:
+        """What `set_tokens` asks for at ``timestep`` [B]."""
+        if not isinstance(self.tokens, Schedule):
+            return self.tokens
+        asked = {int(self.tokens.at(t)) for t in timestep.tolist()}
+        if len(asked) > 1:
+            raise ValueError(f"tokens must be one number for a batch, and its timesteps ask for {sorted(asked)}")
+        return asked.pop()
 
     # -- constants, made once a device --------------------------------------------------------------------------------
 
@@ -973,8 +1146,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             ranking = torch.where(always, torch.inf, logit)
             natural = ranking > 0
             mask = natural
-            if self.tokens is not None:
-                tokens = min(self.tokens, size)
+            tokens = self._tokens_at(timestep)
+            if tokens is not None:
+                tokens = min(tokens, size)
                 mask = most_probable(ranking.detach(), tokens)
                 return Routing(logit, probability, natural, mask, score, tokens)
             if isinstance(tail_drop, torch.Tensor) or tail_drop > 0:
@@ -1020,10 +1194,10 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         batch = hidden_states.shape[0]
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(batch)
         if tail_drop is None:
-            tail_drop = self.tail_drop
+            tail_drop = self._per_sample("tail_drop", timestep)
             if self.uncond_tail_drop is not None:
                 null = class_labels >= self.config.num_classes
-                tail_drop = torch.where(null, self.uncond_tail_drop, tail_drop)
+                tail_drop = torch.where(null, self._per_sample("uncond_tail_drop", timestep), tail_drop)
         guide = self.guide if guide is None else guide
         embeddings = [embedder(timestep, class_labels) for embedder in self.embedders]
         conditions = [F.silu(c) for c in embeddings]

@@ -23,6 +23,24 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+class _Half(BaseModel):
+    tokens: list[Number]
+    squares: list[Number]
+
+
+class _Calibration(BaseModel):
+    """What `ChunkedDiT.set_budget` looks at."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    steps: Count
+    teacher_flops: Number
+    flops: Annotated[list[float], Field(min_length=3, max_length=3)]
+    timesteps: Annotated[list[float], Field(min_length=1)]
+    conditional: _Half
+    unconditional: _Half | None
+
+
 class _Options(BaseModel):
     """What a config may say, so that a corrupt one asks for nothing endless; `ChunkedDiT` has the defaults."""
 
@@ -49,7 +67,7 @@ class _Options(BaseModel):
     beta_start: Number = 1
     beta_end: Number = 1
     sample_range: Number = 1
-    tail_drop: Annotated[float, Field(ge=0, lt=1)] = 0
+    calibration: _Calibration | None = None
 
 
 def blank_student(where: str, config: Mapping[str, Any]) -> ChunkedDiT:

@@ -235,7 +235,7 @@ def _activations(recipe: Recipe, config: dict[str, Any]) -> float:
 
 def _kept_by_autograd(recipe: Recipe, config: dict[str, Any], layers: int, tokens: int) -> float:
     """Bytes for a sample in a model of so many blocks: what two samples need beyond one, so that weights drop out."""
-    model = ChunkedDiT(**{**config, "num_layers": layers, "num_embedders": 1, "tail_drop": 0.0})
+    model = ChunkedDiT(**{**config, "num_layers": layers, "num_embedders": 1, "budget": None, "tokens": None})
     keep_tokens(model, tokens, ragged=True)
     side, sizes = config["sample_size"], []
     for batch in (1, 2):

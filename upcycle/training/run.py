@@ -344,6 +344,10 @@ def _open_student(start: Path, teacher: DiTConfig) -> ChunkedDiT:
     ]
     if differ:
         raise UpcycleError(f"student {start} has {', '.join(differ)}; choose the teacher that it was converted from")
+    # Of the weights as they were, and no budget for training.
+    student.register_to_config(calibration=None, budget=None, tokens=None)
+    student.set_tail_drop(student.config.tail_drop)
+    student.set_tokens(None)
     return student
 
 
