@@ -13,10 +13,13 @@ Shape legend: B batch, H x W latent grid, L = H * W positions in raster order, M
 sample of the batch), C latent channels, O output channels, D block width, E scaffold width, p the teacher's patch size.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -97,6 +102,26 @@ class Conv2dFP32(nn.Conv2d):
         return self._conv_forward(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+class LinearFP32(nn.Module):
+    """A linear layer that runs in fp32 whatever the model's precision. No `nn.Linear`, so that what quantises or adapts
+    those leaves it alone."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__()
+        self.weight, self.bias = nn.Linear(width_in, width_out).parameters()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class WindowConv2d(nn.Conv2d):
+    """A convolution that only ever sees single windows [n, C, p, p], as a product: -> [n, D, 1, 1]. A layer to be called,
+    so that LoRA and offloading work on it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
+
+
 class GroupNormFP32(nn.GroupNorm):
     """A group norm that runs in fp32 whatever the model's precision."""
 
@@ -137,11 +162,16 @@ class Layout:
     [T] says where a token goes in the padded B * M, which attention on a GPU needs. ``lengths`` are the tokens of each
     sample, their sum is T; compiled graphs know ``batch`` B and ``longest`` M only. ``key_bias`` is added to attention
     logits, [B, 1, 1, M] or None.
+
+    While a cache of diffusers is enabled, what passes between blocks is at full resolution, [B, L, D], every position
+    with its owner's token: ``spread`` is then (``index``, ``owner_slot``) as in `Chunks`, else None. What a cache keeps
+    of a position then means something at the next step too, where other tokens may be kept.
     """
 
     lengths: list[int] | None
     key_bias: torch.Tensor | None = None
     place: torch.Tensor | None = None
+    spread: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __post_init__(self):
         self.batch, self.longest = (len(self.lengths), max(self.lengths)) if self.lengths else (0, 0)
@@ -176,6 +206,14 @@ class Layout:
         if self.place is None:
             return x
         return _pad(x, self.place, self.batch, self.longest)
+
+    def enter(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What passes between blocks -> the tokens that they work on."""
+        return hidden_states if self.spread is None else self.pack(gather_tokens(hidden_states, self.spread[0]))
+
+    def leave(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Inverse of `enter`."""
+        return tokens if self.spread is None else gather_tokens(self.pad(tokens), self.spread[1])
 
     def modulate(self, x: torch.Tensor, scale_BD: torch.Tensor, shift_BD: torch.Tensor) -> torch.Tensor:
         """x (1 + scale) + shift, with vectors per sample; may overwrite x where no gradient is asked for."""
@@ -434,12 +472,13 @@ class Block(nn.Module):
         self.norm_eps = norm_eps
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """hidden_states [B, M, D] or packed [T, D], condition = SiLU(c) [B, D]."""
+        """hidden_states [B, M, D] or packed [T, D] or `Layout.spread`, condition = SiLU(c) [B, D]."""
+        hidden_states = layout.enter(hidden_states)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(condition)
         h = layout.modulate(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6), scale_a, shift_a)
         hidden_states = layout.add_gated(hidden_states, self.attn1(h, layout), gate_a)
         h = layout.modulate(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.norm_eps), scale_f, shift_f)
-        return layout.add_gated(hidden_states, self.ff(h), gate_f)
+        return layout.leave(layout.add_gated(hidden_states, self.ff(h), gate_f))
 
 
 def group_norm(channels: int, groups: int = 32, fp32: bool = False) -> nn.GroupNorm:
@@ -731,7 +770,7 @@ class Router(nn.Module):
     def __init__(self, kind: str, width: int, bottleneck: int, condition_width: int, lean: bool):
         super().__init__()
         self.scorer = PredictabilityScorer(width, bottleneck) if kind == "predictability" else CosineScorer(width)
-        self.condition = nn.Linear(condition_width, 2) if lean else None
+        self.condition = LinearFP32(condition_width, 2) if lean else None
         if lean:
             self.gain = nn.Parameter(torch.zeros(1) if kind == "cosine" else torch.ones(1))  # FSDP takes no scalars
             self.register_buffer("bias", torch.zeros(()))
@@ -741,7 +780,7 @@ class Router(nn.Module):
         score = self.scorer(features)
         if self.condition is None:
             return score
-        a, b = F.linear(condition.float(), self.condition.weight.float(), self.condition.bias.float()).chunk(2, dim=1)
+        a, b = self.condition(condition).chunk(2, dim=1)
         return self.gain.float() * score * (1 + a) + b
 
 
@@ -826,7 +865,7 @@ def _tail_drop(name: str, value: TailDrop) -> float | torch.Tensor | Schedule:
 # The model
 
 
-class ChunkedDiT(ModelMixin, ConfigMixin):
+class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """A DiT whose blocks run on the tokens that a router keeps.
 
     Args:
@@ -858,7 +897,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
     # Lists, not tuples: diffusers wraps anything else into a list of one.
     _no_split_modules = ["Block"]  # noqa: RUF012
     _keep_in_fp32_modules = ["routing_module"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "routing_module"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "routing_module", "timestep_embedder"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -911,6 +950,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             self.set_budget(**(budget if isinstance(budget, dict) else {"share": budget}))
         self.set_tokens(tokens)
         self._constants: dict[tuple, torch.Tensor] = {}
+        self._cached_run: tuple[tuple, torch.Tensor, torch.Tensor] | None = None  # what the last call was of
 
         self.embedders = nn.ModuleList(
             TimestepLabelEmbedder(D, num_classes, frequency_shift=int(time_embedding == "diffusers"))
@@ -922,7 +962,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         learned = router in ("predictability", "cosine")
         self.routing_module: Router | None = None
         if lean:
-            self.pos_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, D, patch_size, stride=patch_size)})
+            self.pos_embed = nn.ModuleDict({"proj": WindowConv2d(in_channels, D, patch_size, stride=patch_size)})
             self.encoder = nn.ModuleList(ResBlock(E, E, D) for _ in range(encoder_layers))
             self.widen = nn.Linear(E, D)
             bottleneck = -(-E // 16) * 8  # half the width, a multiple of the 8 groups of the scorer's norm
@@ -1068,6 +1108,65 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             raise ValueError(f"tokens must be one number for a batch, and its timesteps ask for {sorted(asked)}")
         return asked.pop()
 
+    # -- caches of diffusers ------------------------------------------------------------------------------------------
+
+    def enable_cache(self, config) -> None:
+        """Leave blocks out in steps that hardly differ from the last, by a `FirstBlockCacheConfig`, `MagCacheConfig` or
+        `TaylorSeerCacheConfig` of diffusers; the scaffold and the router run in every step.
+
+        The tokens kept may change between steps (`Layout`). A call that does not go on from the last one (another
+        shape, other classes, a timestep that is not below) begins a new run, with an empty cache.
+
+        Raises:
+            ValueError: another cache, one that looks inside of blocks, or a diffusers that knows none.
+        """
+        try:
+            from diffusers import hooks
+            from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+            known = hooks.FirstBlockCacheConfig, hooks.MagCacheConfig, hooks.TaylorSeerCacheConfig
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"caches of this diffusers do not fit ChunkedDiT: {error}; take 0.42") from error
+        if not isinstance(config, known):
+            names = ", ".join(cls.__name__ for cls in known)
+            raise ValueError(f"ChunkedDiT takes {names}, not {type(config).__name__}")
+        if len(self.transformer_blocks) < 2:
+            raise ValueError("a cache needs two blocks or more, and this model has one")
+        if isinstance(config, hooks.TaylorSeerCacheConfig):
+            config = self._whole_blocks(config)
+        for block in {type(block) for block in self.transformer_blocks}:
+            TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)
+        self._cached_run = None
+
+    def _whole_blocks(self, config):
+        """A TaylorSeer config that predicts outputs of whole blocks; by default of the last, which is all that counts."""
+        last, block = len(self.transformer_blocks) - 1, r"transformer_blocks\.\d+"
+        if config.use_lite_mode or config.skip_predict_identifiers:
+            raise ValueError("TaylorSeer's use_lite_mode and skip_predict_identifiers are not for ChunkedDiT")
+        if config.cache_identifiers is None:
+            others = rf"transformer_blocks\.(?!{last}$)\d+"
+            identifiers = {"cache_identifiers": [rf"transformer_blocks\.{last}"], "skip_predict_identifiers": [others]}
+            return dataclasses.replace(config, **identifiers)
+        names = [name for name, _ in self.named_modules() if any(re.fullmatch(i, name) for i in config.cache_identifiers)]
+        if not names or not all(re.fullmatch(block, name) for name in names):
+            raise ValueError(
+                f"TaylorSeer's cache_identifiers must match whole blocks of ChunkedDiT ({block}), or be left out; they "
+                f"match {', '.join(names[:3]) or 'nothing'}"
+            )
+        return config
+
+    @contextlib.contextmanager
+    def _caching(self, x: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor):
+        """A call with a cache: what was kept of another run is forgotten before, and all of it where the call fails."""
+        kind = x.shape, x.dtype, x.device
+        last, self._cached_run = self._cached_run, None
+        if last is None or last[0] != kind or not torch.equal(last[1], class_labels) or (timestep >= last[2]).any():
+            self._reset_stateful_cache()
+        with self.cache_context("default"):
+            yield
+        self._cached_run = kind, class_labels.clone(), timestep.clone()
+
     # -- constants, made once a device --------------------------------------------------------------------------------
 
     def _constant(self, name: str, device: torch.device, make, *key) -> torch.Tensor:
@@ -1203,7 +1302,11 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         conditions = [F.silu(c) for c in embeddings]
         scaffold_condition = F.silu(self.condition_norm(embeddings[0]))
         run = self._forward_lean if self.config.scaffold == "lean" else self._forward_paper
-        sample, routing = run(hidden_states, timestep, conditions, scaffold_condition, tail_drop, guide)
+        caching = contextlib.nullcontext()
+        if self.is_cache_enabled:
+            caching = self._caching(hidden_states, timestep, class_labels)
+        with caching:
+            sample, routing = run(hidden_states, timestep, conditions, scaffold_condition, tail_drop, guide)
         if not return_dict:
             return (sample,)
         return ChunkedDiTOutput(sample=sample, routing=routing)
@@ -1215,11 +1318,13 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         key_bias: torch.Tensor | None,
         valid: torch.Tensor,
         lengths: list[int] | None,
+        index: torch.Tensor,
+        owner_slot: torch.Tensor,
     ) -> torch.Tensor:
         """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None.
 
         ``valid`` bool [B, M] marks the ``lengths`` tokens that are not padding (None: there is none), which comes back
-        as zero.
+        as zero. ``index`` and ``owner_slot``: as in `Chunks`.
         """
         layout = Layout(lengths)
         if lengths is None:
@@ -1229,20 +1334,25 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         if lengths is not None:
             layout.place = compact(valid.view(1, -1), sum(lengths))[0][0]
         tokens = layout.pack(tokens)
+        if self.is_cache_enabled:
+            layout.spread = index, owner_slot
+            tokens = layout.leave(tokens)
         for i, block in enumerate(self.transformer_blocks):
             condition = conditions[i % len(conditions)]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, condition, layout)
             else:
                 tokens = block(tokens, condition, layout)
-        return layout.pad(tokens)
+        return layout.pad(layout.enter(tokens))
 
     def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
         features = self.encode(x, scaffold_condition)
         routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
         chunks = self.chunk(x, routing, timestep)
         tokens = self.embed_tokens(x, features, chunks)
-        tokens = self.run_blocks(tokens, conditions, chunks.key_bias, chunks.valid, chunks.lengths)
+        tokens = self.run_blocks(
+            tokens, conditions, chunks.key_bias, chunks.valid, chunks.lengths, chunks.index, chunks.owner_slot
+        )
         entries = self.head(tokens, conditions[0], chunks, timestep)
         base, geometry = self.dechunk(entries, tokens, x, chunks, timestep)
         correction = self.decode(tokens, x, base, geometry, features, routing, chunks, timestep, scaffold_condition)
@@ -1294,8 +1404,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
         windows = F.unfold(F.pad(x, (0, patch - 1, 0, patch - 1)), patch).transpose(1, 2)
         windows = gather_tokens(windows, chunks.index).unflatten(-1, (-1, patch**2))
         windows = windows + chunks.move[..., None].to(x.dtype)
-        embed = self.pos_embed["proj"]
-        tokens = F.linear(windows.flatten(2), embed.weight.flatten(1), embed.bias)
+        windows = windows.flatten(0, 1).unflatten(-1, (patch, patch))
+        tokens = self.pos_embed["proj"](windows).view(*chunks.index.shape, -1)
         tokens = _add(tokens, self.widen(gather_tokens(features.flatten(2).transpose(1, 2), chunks.index)))
         return _add(tokens, self.positions(chunks.index, x.shape[-2:]).to(tokens.dtype))
 
@@ -1442,10 +1552,12 @@ class ChunkedDiT(ModelMixin, ConfigMixin):
             key_bias = torch.zeros(valid.shape, device=x.device).masked_fill(~valid, -torch.inf)
         tokens = gather_tokens(h_BLD, index)
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
-        tokens = self.blocks_norm(self.run_blocks(tokens, conditions, key_bias, valid, lengths))
+        owner_slot = slot.gather(1, owner)
+        tokens = self.run_blocks(tokens, conditions, key_bias, valid, lengths, index, owner_slot)
+        tokens = self.blocks_norm(tokens)
 
         p = routing.probability.gather(1, index)
-        out = gather_tokens(smooth(tokens, p, index, valid, grid, c.smoothing_sigma), slot.gather(1, owner))
+        out = gather_tokens(smooth(tokens, p, index, valid, grid, c.smoothing_sigma), owner_slot)
         out = out * _StraightThroughOne.apply(routing.selected_probability)[..., None]
         out = (out + self.residual(h_BLD)).to(x.dtype)
         h = out.transpose(1, 2).unflatten(2, grid)
