@@ -115,8 +115,8 @@ class LinearFP32(nn.Module):
 
 
 class WindowConv2d(nn.Conv2d):
-    """A convolution that only ever sees single windows [n, C, p, p], as a product: -> [n, D, 1, 1]. A layer to be called,
-    so that LoRA and offloading work on it."""
+    """A convolution that only ever sees single windows [n, C, p, p], as a product: -> [n, D, 1, 1]. It is called as a
+    layer, so that LoRA and offloading work on it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[..., None, None]
@@ -775,13 +775,19 @@ class Router(nn.Module):
             self.gain = nn.Parameter(torch.zeros(1) if kind == "cosine" else torch.ones(1))  # FSDP takes no scalars
             self.register_buffer("bias", torch.zeros(()))
 
-    def forward(self, features: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """features [B, E, H, W], condition = SiLU(c) [B, D] -> learned score, fp32 [B, L]."""
+    def forward(
+        self, features: torch.Tensor, condition: torch.Tensor, *fixed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """features [B, E, H, W], condition = SiLU(c) [B, D] -> the score, learned plus ``fixed`` terms [B, L] or [L],
+        and the score with the bias; fp32 [B, L]."""
         score = self.scorer(features)
         if self.condition is None:
-            return score
+            return score, score
         a, b = self.condition(condition).chunk(2, dim=1)
-        return self.gain.float() * score * (1 + a) + b
+        score = self.gain.float() * score * (1 + a) + b
+        for term in fixed:
+            score = score + term
+        return score, score + self.bias.float()
 
 
 def random_logit(timestep: torch.Tensor, size: int, ratio: float) -> torch.Tensor:
@@ -1140,7 +1146,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         self._cached_run = None
 
     def _whole_blocks(self, config):
-        """A TaylorSeer config that predicts outputs of whole blocks; by default of the last, which is all that counts."""
+        """A TaylorSeer config that predicts outputs of whole blocks, by default of the last: no other is needed."""
         last, block = len(self.transformer_blocks) - 1, r"transformer_blocks\.\d+"
         if config.use_lite_mode or config.skip_predict_identifiers:
             raise ValueError("TaylorSeer's use_lite_mode and skip_predict_identifiers are not for ChunkedDiT")
@@ -1148,7 +1154,9 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             others = rf"transformer_blocks\.(?!{last}$)\d+"
             identifiers = {"cache_identifiers": [rf"transformer_blocks\.{last}"], "skip_predict_identifiers": [others]}
             return dataclasses.replace(config, **identifiers)
-        names = [name for name, _ in self.named_modules() if any(re.fullmatch(i, name) for i in config.cache_identifiers)]
+        names = [
+            name for name, _ in self.named_modules() if any(re.fullmatch(i, name) for i in config.cache_identifiers)
+        ]
         if not names or not all(re.fullmatch(block, name) for name in names):
             raise ValueError(
                 f"TaylorSeer's cache_identifiers must match whole blocks of ChunkedDiT ({block}), or be left out; they "
@@ -1226,14 +1234,14 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
                 logit = score = random_logit(timestep, size, c.ratio)
             else:
                 assert self.routing_module is not None
-                logit = score = self.routing_module(features, condition)
-                if lean:
+                if not lean:
+                    score, logit = self.routing_module(features, condition)
+                else:
                     prior = self._constant(
                         "prior", device, lambda: lattice_prior(height, width, c.patch_size, device), height, width
                     )
                     detail = local_detail(x, self.alpha_bar(timestep))
-                    score = score + prior + detail
-                    logit = score + self.routing_module.bias.float()
+                    score, logit = self.routing_module(features, condition, prior, detail)
                     if isinstance(guide, torch.Tensor) or guide:
                         logit = logit + guide * self.untrained_sign(detail, (height, width))
             probability = torch.sigmoid(logit)
