@@ -1310,10 +1310,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         conditions = [F.silu(c) for c in embeddings]
         scaffold_condition = F.silu(self.condition_norm(embeddings[0]))
         run = self._forward_lean if self.config.scaffold == "lean" else self._forward_paper
-        caching = contextlib.nullcontext()
-        if self.is_cache_enabled:
-            caching = self._caching(hidden_states, timestep, class_labels)
-        with caching:
+        cached = self.is_cache_enabled
+        with self._caching(hidden_states, timestep, class_labels) if cached else contextlib.nullcontext():
             sample, routing = run(hidden_states, timestep, conditions, scaffold_condition, tail_drop, guide)
         if not return_dict:
             return (sample,)

@@ -58,11 +58,11 @@ class State(BaseState):
         self.reset()
 
     def reset(self) -> None:
-        self.times: torch.Tensor | None = None
-        self.step, self.since, self.odd = 0, 0.0, False
-        self.timestep: torch.Tensor | None = None
-        self.signal: torch.Tensor | None = None
+        self.times: Any = None
+        self.timestep: Any = None
+        self.signal: Any = None
         self.output: Any = None
+        self.step, self.since, self.odd = 0, 0.0, False
 
 
 class OutputCache(ModelHook):
@@ -111,7 +111,6 @@ class OutputCache(ModelHook):
             state.reset()
             state.times = times
         else:
-            assert state.timestep is not None
             moved, due = not torch.equal(timestep, state.timestep), bool(times[state.step] != times[state.step - 1])
             state.odd |= moved != due
             state.since += ((new - state.signal).abs().mean() / state.signal.abs().mean()).item()
