@@ -4,6 +4,7 @@ import contextlib
 import copy
 
 import pytest
+import tiny
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, hooks
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
@@ -11,6 +12,7 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle.graft.verify import load_student
+from upcycle.models import ddit
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.output_cache import cache_outputs
@@ -357,6 +359,13 @@ def test_output_cache(digits, kind):
     assert torch.equal(sample(pipe), before)
     with pytest.raises(ValueError, match="limit"):
         cache_outputs(pipe, -1.0)
+
+
+def test_output_cache_on_a_ddit_adapter_is_refused():
+    """Its schedule would take the calls that run for all there are, and be late without a word."""
+    model = ddit.attach(tiny.make_dit(0), ddit.DDiTConfig("DiTTransformer2DModel", [2], prediction="epsilon"))
+    with pytest.raises(ValueError, match="DDiT"):
+        cache_outputs(pipeline(model), 0.1)
 
 
 def test_output_cache_of_a_model_called_twice_a_step(digits):

@@ -22,8 +22,11 @@ def cache_outputs(pipeline: DiffusionPipeline, limit: float) -> "OutputCache":
     `cache_context` for each call of a step; a run in which that is not so is computed throughout.
 
     Raises:
-        ValueError: the limit is no number from 0 up, or there is an output cache already.
+        ValueError: the limit is no number from 0 up, there is an output cache already, or a DDiT adapter whose schedule
+            counts the calls that run.
     """
+    if hasattr(pipeline.transformer, "ddit"):
+        raise ValueError("no output cache on a DDiT adapter: its schedule takes every call that runs for the next step")
     if not limit >= 0:
         raise ValueError(f"the limit of an output cache must be a number from 0 up, got {limit}")
     cache = OutputCache(pipeline, limit)
