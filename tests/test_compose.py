@@ -17,6 +17,8 @@ from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.output_cache import cache_outputs
 from upcycle.sampling.pipeline import load_pipeline
+from upcycle.sampling.sampler import Hold, Sampling
+from upcycle.sampling.sampler import sample as run_loop
 from upcycle.training.digits import TEACHER
 
 LABELS = [1, 7, 3]
@@ -390,6 +392,23 @@ def test_output_cache_of_a_model_called_twice_a_step(digits):
     cached = run(model.cache_context)
     assert all(torch.equal(cached[i], plain[i % 2 if i < 6 else i]) for i in range(8))
     cache.remove()
+
+
+def test_output_cache_in_the_sampling_loop_of_this_package(digits):
+    """Guidance that begins in mid-run: the last step is exact. Held steps ask less often: nothing else is left out."""
+    pipe = digits["student"]
+    part = Sampling(steps=8, guidance_scale=2.0, guidance_interval=(300, 700))
+    held = Sampling(steps=8, guidance_scale=2.0, hold=Hold(every=2))
+    plain = run_loop(pipe, LABELS, [0, 1, 2], held)
+    calls = []
+    handle = pipe.transformer.register_forward_hook(lambda m, a, out: calls.append(out.sample))
+    cache = cache_outputs(pipe, 1e9)
+    run_loop(pipe, LABELS, [0, 1, 2], part)
+    assert len({id(out) for out in calls}) == cache.computed == 4
+    assert all(calls[-1] is not out for out in calls[:-1])
+    assert torch.equal(run_loop(pipe, LABELS, [0, 1, 2], held), plain)
+    cache.remove()
+    handle.remove()
 
 
 def test_output_cache_and_block_cache_together(digits):

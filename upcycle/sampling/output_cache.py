@@ -55,7 +55,8 @@ def signal(model: torch.nn.Module, x: torch.Tensor, timestep: torch.Tensor, clas
 
 class State(BaseState):
     """What is known of a run: its timesteps, how many of them are past, the last call's timestep and signal, the change
-    since the model ran, and what it put out; ``odd`` where calls and steps do not go together."""
+    since the model ran, and what it put out; ``scale`` from timesteps to the scheduler's; ``odd`` where calls and steps
+    do not go together."""
 
     def __init__(self) -> None:
         self.reset()
@@ -65,7 +66,7 @@ class State(BaseState):
         self.timestep: Any = None
         self.signal: Any = None
         self.output: Any = None
-        self.step, self.since, self.odd = 0, 0.0, False
+        self.step, self.since, self.scale, self.odd = 0, 0.0, 1.0, False
 
 
 class OutputCache(ModelHook):
@@ -95,13 +96,14 @@ class OutputCache(ModelHook):
         within = 0 < state.step - 1 < len(state.times) - 1 and not state.odd
         if within and state.output is not None and state.since < self.limit:
             self.reused += 1
-        else:
-            state.output, output = None, self.fn_ref.original_forward(*args, **kwargs)
-            self.computed += 1
-            state.output, state.since = output, 0.0
-        # A `ChunkedDiT` with a cache of its own resets every hook and every context at the start of a run.
-        self.states.set_context(context)
+            return state.output
+        # Out of the way while the model runs: a `ChunkedDiT` with a cache resets what it finds where a run
+        # begins. After a call that failed nothing is known.
+        del self.states._state_cache[context.name]
+        state.output, state.since = self.fn_ref.original_forward(*args, **kwargs), 0.0
+        self.computed += 1
         self.states._state_cache[context.name] = state
+        self.states.set_context(context)
         return state.output
 
     def _advance(self, state: State, module: torch.nn.Module, *args: Any, **kwargs: Any) -> State:
@@ -110,13 +112,25 @@ class OutputCache(ModelHook):
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         new = signal(module, x, timestep, kwargs.get("class_labels"))
         times = self.pipeline.scheduler.timesteps  # another tensor after every set_timesteps
-        if times is not state.times or state.step == len(times) or new.shape != state.signal.shape:
+        if times is not state.times or state.step == len(times):
             state.reset()
             state.times = times
+        elif new.shape != state.signal.shape:  # other samples, or guidance that began or ended
+            state.output = None
         else:
-            moved, due = not torch.equal(timestep, state.timestep), bool(times[state.step] != times[state.step - 1])
-            state.odd |= moved != due
+            state.odd |= torch.equal(timestep, state.timestep) != bool(times[state.step] == times[state.step - 1])
             state.since += ((new - state.signal).abs().mean() / state.signal.abs().mean()).item()
+        state.odd |= not self._due(state, timestep)
         state.step += 1
         state.timestep, state.signal = timestep.clone(), new
         return state
+
+    def _due(self, state: State, timestep: torch.Tensor) -> bool:
+        """Whether a call at this timestep is the next of the run. Flow models get it on a scale of their own."""
+        given, wanted = timestep.reshape(-1)[0], state.times[state.step].to(timestep.device)
+        if not timestep.is_floating_point():
+            return bool(given == wanted)
+        if state.step == 0:
+            state.scale = float(wanted / given)
+        rounding = 2 * torch.finfo(timestep.dtype).eps * abs(float(wanted))
+        return abs(float(given) * state.scale - float(wanted)) <= rounding
