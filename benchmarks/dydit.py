@@ -6,7 +6,8 @@
 For every student of the shipped digits teacher and every ρ: the share of the blocks' FLOPs that the gates left and
 GFLOPs per image, both measured along the sampling runs (``--images`` of them, DDIM, 50 steps, unguided; the papers'
 counting), the validation loss on held-out digits, and the paired MSE: of the images to those that the teacher makes of
-the same noise. The teacher with fewer steps closes the table.
+the same noise. Of students with gates also the share by timestep, in validation. The teacher with fewer steps closes
+the table.
 
 ``--speed``: what the gates save in time, on random weights of B/2's width (12 heads of 64, 4 blocks), in fp32: all
 gates open beside every other head and group off, about half of the tokens skipping the MLP, and both; in turn, medians.
@@ -103,10 +104,12 @@ def main() -> None:
             images = draw(pipe, options.images)
             handle.remove()
             tokens, share, flops = (sum(column) / len(spent) for column in zip(*spent, strict=True))
-            loss = validate(model, x0, labels, alpha_bar).mean_loss
+            found = validate(model, x0, labels, alpha_bar)
             paired = (images - wanted).square().mean().item()
-            row = f"{share:7.3f} {tokens:7.1f} {STEPS * flops / 1e9:7.2f} {loss:8.4f} {paired:10.5f}"
+            row = f"{share:7.3f} {tokens:7.1f} {STEPS * flops / 1e9:7.2f} {found.mean_loss:8.4f} {paired:10.5f}"
             print(f"{name:40} {rho:4g} {row}", flush=True)
+            if rho == 0 and model.config.dydit:
+                print(f"{name:40}    0 blocks", *(f"t={t}: {left:.2f}" for t, left in found.share.items()))
     for steps in (STEPS, *FEWER_STEPS):
         paired = (draw(teacher, options.images, steps) - wanted).square().mean().item()
         cost = steps * dit_flops({**teacher.transformer.config, "num_classes": CLASSES}) / 1e9
