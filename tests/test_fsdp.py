@@ -29,7 +29,7 @@ def recipe(out, **changes):
     ]
     return Recipe(**{
         "teacher": "digits", "data": "digits", "out": str(out), "batch_size": 8, "gradient_accumulation": 2,
-        "stages": stages, "ema": 0.5, "log_every": 1, "save_every": 2, "data_workers": 0,
+        "convert": {"dydit": 0.6}, "stages": stages, "ema": 0.5, "log_every": 1, "save_every": 2, "data_workers": 0,
         "validation": {"data": "digits-val", "every": 2, "samples": 4}, **changes,
     })  # fmt: skip
 
@@ -54,7 +54,10 @@ def test_sharded_as_on_one_process(tmp_path):
         },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
-    names = ("loss", "diffusion", "distill", "blocks", "ratio_loss", "router", "grad_norm", "tokens_kept")
+    names = (
+        "loss", "diffusion", "distill", "blocks", "ratio_loss", "router", "flops", "block_flops", "grad_norm",
+        "tokens_kept",
+    )  # fmt: skip
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "straight"), strict=True):
         for name in names:
             torch.testing.assert_close(float(a[name]), float(b[name]), atol=1e-5, rtol=1e-5, msg=f"{name}: {a} {b}")

@@ -23,6 +23,7 @@ from upcycle.training import cost
 RECIPES = shipped.shipped_recipes()
 PROMISED = [
     "digits",
+    "digits-dydit",
     "s4",
     "b4",
     "b16",
@@ -38,8 +39,8 @@ PROMISED = [
 ]
 SIZES = {"s": (6, 64, 12), "b": (12, 64, 12), "l": (16, 64, 24), "xl": (16, 72, 28)}  # heads, head width, layers
 each_recipe = pytest.mark.parametrize("name", RECIPES)
-DIGITS = ("digits", "ddit-digits")
-each_teacher = pytest.mark.parametrize("name", [n for n in RECIPES if n != "digits" and not n.startswith("ddit")])
+DIGITS = ("digits", "digits-dydit", "ddit-digits")
+each_teacher = pytest.mark.parametrize("name", [n for n in RECIPES if n not in DIGITS and not n.startswith("ddit")])
 
 
 def commands(name):
@@ -171,7 +172,7 @@ def test_show_and_copy(tmp_path, failing, monkeypatch):
 
     assert "did you mean xl16?" in failing("recipes", "show", "xxl16")
     assert "did you mean digits?" in failing("recipes", "copy", "digit")
-    assert "there are digits, s4" in failing("recipes", "show", "qqq")
+    assert "there are digits, digits-dydit, s4" in failing("recipes", "show", "qqq")
     (tmp_path / "file").touch()
     assert "cannot be written" in failing("recipes", "copy", "xl4", "file/xl4.yaml")
     assert not list(tmp_path.rglob(".*"))

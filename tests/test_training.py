@@ -80,8 +80,9 @@ def test_bias_controller_finds_the_ratio():
 
 
 def test_two_ranks_train_as_one_does(world, tmp_path):
-    """Two stages with other losses, frozen parts and accumulation: the log and the validation of one rank, to 1e-5."""
-    align = {"diffusion": 0, "blocks": 1, "router": 0, "ratio": 0}
+    """Two stages with other losses, frozen parts, gates and accumulation: the log and the validation of one rank, to
+    1e-5."""
+    align = {"diffusion": 0, "blocks": 1, "router": 0, "ratio": 0, "flops": 0}
     last = {"losses": {"ratio_group": 2}, "tail_drop": {"start": 0.0}, "teacher_guidance": 2}
     stages = (
         {"name": "align", "steps": 3, "lr": 1e-4, "losses": align, "freeze": ["head"]},
@@ -90,6 +91,7 @@ def test_two_ranks_train_as_one_does(world, tmp_path):
     )
     changes = {"validation": {"data": str(world / "held-out"), "every": 4}, "data_workers": 1}
     changes["preview"] = {"every": 6, "labels": [0], "steps": 3}
+    changes["convert"] = {"ratio": 4, "dydit": 0.6}
     run_here(small(world, tmp_path / "one", *stages, **changes))
     changes["gradient_accumulation"] = 2
     process = start(write_recipe(tmp_path / "two.yaml", world, *stages, **changes), "--json", ranks=2)

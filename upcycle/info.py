@@ -25,8 +25,8 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
     Returns:
         ``kind`` ("student", "teacher" or "dc-dit"), ``shape`` (a dict), ``parameters``, ``dtypes`` (parameters by
         dtype), ``bytes`` of the weights (these three None where only a pickle knows), for students ``scaffold``,
-        ``router``, ``ratio``, ``tail_drop`` and ``calibration``; ``flops_per_image``, ``licence``, ``revision``
-        and ``provenance`` (`upcycle.json`, None where there is none).
+        ``router``, ``ratio``, ``dydit`` (None without its gates), ``tail_drop`` and ``calibration``;
+        ``flops_per_image``, ``licence``, ``revision`` and ``provenance`` (`upcycle.json`, None where there is none).
 
     Raises:
         UpcycleError: nothing there, another kind of model, damaged files; see `open_source`.
@@ -111,6 +111,7 @@ def _facts(
             "scaffold": values["scaffold"],
             "router": values["router"],
             "ratio": values["ratio"],
+            "dydit": {"target": values["dydit"], "measured": _measured_share(origin)} if values["dydit"] else None,
             "tail_drop": {"default": values.get("tail_drop", 0.0), "trained_with": trained_tail_drops(origin)},
             "calibration": {key: values["calibration"].get(key) for key in ("sampler", "steps", "guidance_scale")}
             if values["calibration"]
@@ -140,6 +141,12 @@ def _shape(config: DiTConfig | DCDiTConfig | StudentConfig) -> dict[str, Any]:
         "patch_size": patch,
         **{key: values[key] for key in ("sample_size", "in_channels", "out_channels", "num_classes")},
     }
+
+
+def _measured_share(origin: Mapping[str, Any] | None) -> float | None:
+    """What DyDiT's gates left of the blocks' FLOPs in the last validation, None where there was none."""
+    shares = [found.get("settings", {}).get("block_flops") for found in (origin or {}).get("evidence", [])]
+    return next((share for share in reversed(shares) if share is not None), None)
 
 
 def trained_tail_drops(origin: Mapping[str, Any] | None) -> list[float] | None:

@@ -39,6 +39,7 @@ class Convert(_Strict):
     scaffold: Literal["lean", "paper"] | None = None
     router: Literal["predictability", "cosine", "random", "grid"] = "predictability"
     time_embedding: Literal["diffusers", "meta"] | None = None
+    dydit: BelowOne = 0.0
 
 
 class DDiT(_Strict):
@@ -63,6 +64,8 @@ class Losses(_Strict):
     Meta adds it; models without a learned sigma have none. ``distill``: MSE to the teacher's output, learned sigma
     included. ``blocks``: MSE to the outputs of the teacher's blocks (DC-DiT's upcycling). ``ratio``: the published
     ratio loss over groups of ``ratio_group`` samples, which must divide what a rank sees at once (less is one group).
+    ``flops``: what the blocks' gates leave of their FLOPs over the same groups, against the target; students without
+    DyDiT have none.
     ``router``: BCE of the boundary score against the teacher's local detail; decays linearly to a third of its weight
     over the stage. ``min_snr``: gamma of the min-SNR weight min(snr, gamma) / snr on ``diffusion`` and ``distill``.
     """
@@ -74,6 +77,7 @@ class Losses(_Strict):
     ratio: NonNegative = 0.03
     ratio_group: Annotated[int, Field(ge=1)] = 16
     router: NonNegative = 0.5
+    flops: NonNegative = 1.0
     min_snr: Positive | None = None
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ EPILOG = """
   upcycle convert DiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema -o xl-dc4\n
   upcycle convert ./my-dit --ratio 16 --dry-run\n
   upcycle convert facebook/DiT-XL-2-256 --init paper --scaffold paper --ratio 4\n
+  upcycle convert facebook/DiT-XL-2-256 --dydit 0.7\n
   upcycle convert facebook/DiT-XL-2-256 --method ddit --patches 2,4\n
   upcycle convert black-forest-labs/FLUX.1-dev --method ddit --adapter-only\n
 """
@@ -44,6 +45,10 @@ def convert(
         str | None,
         typer.Option(help="diffusers or meta: convention of the timestep embedding. Default: the source's own."),
     ] = None,
+    dydit: Annotated[
+        float,
+        typer.Option(metavar="λ", help="Gates in the blocks (DyDiT), trained to this share of their FLOPs. 0: none."),
+    ] = 0.0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weights, such as fp16.")] = None,
     weights: Annotated[Literal["ema", "model"], typer.Option(help="Which weights of a training checkpoint.")] = "ema",
@@ -71,7 +76,7 @@ def convert(
     """Turn a pretrained DiT into a ChunkedDiT that equals it, ready for `upcycle finetune`."""
     if method == "ddit":
         given = {"--ratio": ratio, "--scaffold": scaffold, "--time-embedding": time_embedding, "--heads": heads,
-                 "--vae": vae, "--init": None if init == "exact" else init,
+                 "--vae": vae, "--dydit": dydit or None, "--init": None if init == "exact" else init,
                  "--router": None if router == "predictability" else router}  # fmt: skip
         if wrong := next((name for name, value in given.items() if value is not None), None):
             raise UpcycleError(f"{wrong} is for --method dc-dit; leave it out")
@@ -103,9 +108,9 @@ def convert(
             from upcycle.graft.components import with_vae
 
             opened = with_vae(opened, vae)
-        options = plan.Options(number, init, scaffold, router, time_embedding, seed)
+        options = plan.Options(number, init, scaffold, router, time_embedding, dydit, seed)
         made = plan.make_plan(opened, options)
-    out = out or Path(default_name(opened.name, made.config["ratio"], opened.kind))
+    out = out or Path(default_name(opened.name, made.config["ratio"], opened.kind, dydit))
     if dry_run:
         _show_plan(made, out, as_json)
         return
@@ -133,9 +138,10 @@ def convert(
         raise typer.Exit(1)
 
 
-def default_name(name: str, ratio: float, kind: str) -> str:
-    """<name>-dc<ratio>; <name>-dc for a checkpoint of the DC-DiT authors, <name> for a student."""
-    return {"dc-dit": f"{name}-dc", "student": name}.get(kind, f"{name}-dc{ratio:g}")
+def default_name(name: str, ratio: float, kind: str, dydit: float = 0.0) -> str:
+    """<name>-dc<ratio>, <name>-dc for a checkpoint of the DC-DiT authors, <name> for a student; gates add -dydit<λ>."""
+    gates = f"-dydit{dydit:g}" if dydit else ""
+    return {"dc-dit": f"{name}-dc", "student": name}.get(kind, f"{name}-dc{ratio:g}") + gates
 
 
 def _parse_ratio(text: str | None) -> float | None:
@@ -184,6 +190,8 @@ def _show_plan(made: Any, out: Path, as_json: bool) -> None:
     table = Table(show_header=False)
     grid, ratio = made.config["sample_size"], made.config["ratio"]
     table.add_row("student", f"{made.config['scaffold']} scaffold, {made.config['router']} router")
+    if made.config["dydit"]:
+        table.add_row("DyDiT", f"gates in the blocks, to be trained to {made.config['dydit']:.0%} of their FLOPs")
     table.add_row("grid", f"{grid}x{grid} positions, ratio {ratio:g}: about {grid**2 / ratio:.0f} tokens")
     table.add_row("parameters reused", count(made.parameters["reused"]))
     table.add_row("parameters fresh", count(made.parameters["fresh"]))

@@ -83,6 +83,9 @@ def _add_shape(table: Any, facts: dict[str, Any]) -> None:
     if facts["kind"] == "student":
         table.add_row("scaffold", f"{facts['scaffold']}, {facts['router']} router")
         table.add_row("ratio", f"{facts['ratio']:g}: about {grid**2 / facts['ratio']:.0f} of {grid**2} tokens")
+        if gates := facts["dydit"]:
+            found = "not measured" if gates["measured"] is None else f"{gates['measured']:.0%} measured"
+            table.add_row("DyDiT", f"gates in the blocks: {gates['target']:.0%} of their FLOPs wanted, {found}")
         drops = facts["tail_drop"]
         trained = ", ".join(f"{rho:g}" for rho in drops["trained_with"] or []) or "none"
         table.add_row("tail drop", f"{told(drops['default'])} by default; trained with {trained}")

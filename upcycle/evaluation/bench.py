@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, embedder_flops
+from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, embedder_flops, gate_share
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.models.ddit import DDiTConfig, PatchSwitching
 
@@ -60,6 +60,10 @@ class Variant:
     schedule: tuple[tuple[int, float], ...] = ()
     seconds: list[float] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
+    shares: list[torch.Tensor] = field(default_factory=list)
+    """Of the blocks' FLOPs, what DyDiT's gates left in each call."""
+    on_heads: float = 1.0
+    """Share of the attention heads that they left on in the last call."""
 
     @property
     def student(self) -> bool:
@@ -73,6 +77,7 @@ class Variant:
     def begin(self, steps: int) -> None:
         """Before a run of ``steps`` calls."""
         self.kept.clear()
+        self.shares.clear()
         if self.switches:
             self.model.set_patches(None if self.schedule else self.patches)
             self.model.set_schedule(fixed=[*self.schedule] or None, steps=steps)
@@ -90,6 +95,8 @@ class Variant:
         self.model.set_tokens(self.tokens)
         out = self._forward(x, timestep, labels)
         self.kept.append(out.routing.mask.sum(1))
+        self.shares.append(gate_share(self.model.config, out.gates, self.kept[-1]))
+        self.on_heads = 1.0 if out.gates is None else out.gates.heads.mean().item()
         return out.sample
 
     @functools.cached_property
@@ -219,11 +226,11 @@ def ddit_flops(c: Mapping[str, Any], m: int, adapter: DDiTConfig) -> float:
     return base + lora + (4 * P * c["in_channels"] * side**2 if adapter.residual else 0)
 
 
-def _flops(variant: Variant, tokens: float) -> float:
-    """One forward of one sample that kept so many."""
+def _flops(variant: Variant, tokens: float, share: float = 1.0) -> float:
+    """One forward of one sample that kept so many, with this share of its blocks' FLOPs."""
     c = variant.model.config
     if isinstance(variant.model, ChunkedDiT):
-        return sum(chunked_dit_flops(c, tokens).values())
+        return sum(chunked_dit_flops(c, tokens, share).values())
     if variant.switches:
         sizes = [m for m, _ in variant.schedule] or [variant.patches]
         m = next(m for m in sizes if grid_tokens(c, m) == tokens)
@@ -261,7 +268,8 @@ def _result(variant: Variant, settings: Settings, device: torch.device, dtype: t
     c = variant.model.config
     if variant.student:
         kept = torch.stack(variant.kept).flatten().tolist()
-        forward = statistics.mean(_flops(variant, n) for n in kept)
+        shares = torch.stack(variant.shares).flatten().tolist() if variant.shares else [1.0] * len(kept)
+        forward = statistics.mean(_flops(variant, n, share) for n, share in zip(kept, shares, strict=True))
         tokens = statistics.mean(kept)
     else:
         forward = _flops(variant, 0)
@@ -344,10 +352,12 @@ def _cross_check(variant: Variant, device: torch.device, dtype: torch.dtype) -> 
     with FlopCounterMode(display=False) as counter:
         _once(variant, Settings(batch=1), device, dtype)
     tokens = int(variant.kept[-1][0])
-    ours = _flops(variant, tokens)
+    share = variant.shares[-1][0].item() if variant.shares else 1.0
+    ours = _flops(variant, tokens, share)
     if variant.switches:  # stock blocks and the head embed the timestep each for itself; the papers count it once
         ours += c.num_layers * embedder_flops(c.num_attention_heads * c.attention_head_dim)
     seen = counter.get_flop_counts()["Global"]
     if not any("attention" in str(op) for op in seen):
-        ours -= c.num_layers * c.num_attention_heads * tokens**2 * (4 * c.attention_head_dim + 3)
+        heads = c.num_attention_heads * variant.on_heads
+        ours -= c.num_layers * heads * tokens**2 * (4 * c.attention_head_dim + 3)
     return {"ours": ours, "torch": float(counter.get_total_flops())}

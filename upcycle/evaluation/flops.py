@@ -8,15 +8,53 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import torch
+
+from upcycle.models.chunked_dit import Gates
+
 PAPER_STEPS = 250
 TAIL_DROPS = (0.0, 0.3, 0.6)
 
 
-def block_flops(width: int, heads: int, layers: int, tokens: float) -> float:
-    """The transformer blocks on ``tokens`` tokens: qkv, output, MLP, attention and the modulation of each block."""
-    linear = 24 * width**2 * tokens
-    attention = heads * tokens**2 * (4 * (width // heads) + 3)
-    return layers * (linear + attention + 12 * width**2)
+def block_flops(
+    width: int, heads: int, layers: int, tokens: Any, *, on_heads: Any = 1, on_channels: Any = 1, fed: Any = 1
+) -> Any:
+    """The transformer blocks on ``tokens`` tokens: qkv, output, MLP, attention and the modulation of each block.
+
+    With DyDiT's gates: shares of the heads and the MLP's channels that are on, and of the tokens that the MLP is fed.
+    Numbers, or tensors of one shape.
+    """
+    attention = 8 * width**2 * tokens + heads * tokens**2 * (4 * (width // heads) + 3)
+    mlp = 16 * width**2 * tokens
+    return layers * (on_heads * attention + on_channels * fed * mlp + 12 * width**2)
+
+
+def gate_share(config: Mapping[str, Any], gates: Gates | None, tokens: torch.Tensor) -> torch.Tensor:
+    """What DyDiT's gates leave of the blocks' FLOPs on ``tokens`` [B] tokens, with gradient; fp32 [B], 1 without gates.
+
+    The routers are not counted among them (`gate_flops`).
+    """
+    count = tokens.float()
+    if gates is None:
+        return torch.ones_like(count)
+    heads, layers = config["num_attention_heads"], config["num_layers"]
+    width = heads * config["attention_head_dim"]
+    shares = {"on_heads": gates.heads.mean(-1), "on_channels": gates.channels.mean(-1), "fed": gates.tokens}
+    each = block_flops(width, heads, 1, count[:, None], **shares)
+    return each.sum(1) / block_flops(width, heads, layers, count)
+
+
+def least_gate_share(config: Mapping[str, Any], tokens: float) -> float:
+    """`gate_share` with one head and one group of channels on and no token fed."""
+    heads = config["num_attention_heads"]
+    size = heads * config["attention_head_dim"], heads, 1, tokens
+    return block_flops(*size, on_heads=1 / heads, on_channels=1 / heads, fed=0) / block_flops(*size)
+
+
+def gate_flops(width: int, heads: int, layers: int, tokens: float) -> float:
+    """DyDiT's routers, with the timestep's embedding once more."""
+    narrow = max(1, width // 16)
+    return embedder_flops(width) + layers * (4 * width * (heads - 1) + 2 * tokens * narrow * (width + 1))
 
 
 def embedder_flops(width: int) -> float:
@@ -56,8 +94,13 @@ def _smoothing(width: int, side: int) -> float:
     return 4 * side**3 * (width + 1)
 
 
-def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, float]:
-    """One forward of one sample of a `ChunkedDiT` with ``tokens`` kept tokens, by part; the sum is the total."""
+def chunked_dit_flops(config: Mapping[str, Any], tokens: float, share: float | None = None) -> dict[str, float]:
+    """One forward of one sample of a `ChunkedDiT` with ``tokens`` kept tokens, by part; the sum is the total.
+
+    ``share``: what DyDiT's gates leave of the blocks (`gate_share`); by default the target that they train to.
+    """
+    gated = config.get("dydit", 0)
+    share = (gated or 1) if share is None else share
     heads, layers, side = config["num_attention_heads"], config["num_layers"], config["sample_size"]
     width = heads * config["attention_head_dim"]
     narrow = config["scaffold_width"] or width // 4
@@ -65,8 +108,10 @@ def chunked_dit_flops(config: Mapping[str, Any], tokens: float) -> dict[str, flo
     c_in, c_out = config["in_channels"], config["out_channels"]
     parts = {
         "embed": embedder_flops(width) * config["num_embedders"] + 18 * c_in * narrow * positions,
-        "blocks": block_flops(width, heads, layers, tokens),
+        "blocks": share * block_flops(width, heads, layers, tokens),
     }
+    if gated:
+        parts["gates"] = gate_flops(width, heads, layers, tokens)
     if config["scaffold"] == "lean":
         bottleneck = -(-narrow // 16) * 8
         parts["encoder"] = config["encoder_layers"] * _res_block(narrow, narrow, width, positions)
@@ -115,6 +160,7 @@ def tokens_at_ratio(config: Mapping[str, Any]) -> float:
 
 
 def student_flops_by_tail_drop(config: Mapping[str, Any], steps: int = PAPER_STEPS) -> dict[str, float]:
-    """FLOPs per image at tail drop 0, 0.3 and 0.6 with the router at its target ratio, unguided, over ``steps``."""
+    """FLOPs per image at tail drop 0, 0.3 and 0.6 with the router at its target ratio (and DyDiT's gates at theirs),
+    unguided, over ``steps``."""
     kept = tokens_at_ratio(config)
     return {f"{rho:g}": steps * sum(chunked_dit_flops(config, kept - int(kept * rho)).values()) for rho in TAIL_DROPS}

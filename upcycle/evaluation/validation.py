@@ -1,9 +1,11 @@
 """Validation loss: epsilon-MSE on held-out samples with fixed noise."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+
+from upcycle.evaluation.flops import gate_share
 
 TIMESTEPS = tuple(range(50, 1000, 100))
 BATCH = 256
@@ -11,10 +13,12 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Validation:
-    """Epsilon-MSE and tokens kept (nan for a model without a router), by timestep."""
+    """Epsilon-MSE, tokens kept (nan for a model without a router), and what DyDiT's gates left of the FLOPs of the
+    blocks (1 for a model without them), by timestep."""
 
     loss: dict[int, float]
     tokens: dict[int, float]
+    share: dict[int, float] = field(default_factory=lambda: dict.fromkeys(TIMESTEPS, 1.0))
 
     @property
     def mean_loss(self) -> float:
@@ -23,6 +27,10 @@ class Validation:
     @property
     def mean_tokens(self) -> float:
         return sum(self.tokens.values()) / len(self.tokens)
+
+    @property
+    def mean_share(self) -> float:
+        return sum(self.share.values()) / len(self.share)
 
 
 @torch.inference_mode()
@@ -51,10 +59,10 @@ def validate(
     rows = torch.arange(rank, -(-len(x0) // ranks) * ranks, ranks)
     share = (rows < len(x0)) * (ranks / len(x0))  # the last ranks may have one less, and measure another in its place
     rows = rows.clamp(max=len(x0) - 1)
-    loss, tokens = {}, {}
+    loss, tokens, left = {}, {}, {}
     for t in TIMESTEPS:
         noise = torch.randn(x0.shape, generator=generator)
-        error, kept = torch.zeros((), device=device), torch.zeros((), device=device)
+        error, kept, gated = (torch.zeros((), device=device) for _ in range(3))
         for some, weight in zip(rows.split(BATCH), share.to(device).split(BATCH), strict=True):
             x_t = alpha_bar[t].sqrt() * x0[some] + (1 - alpha_bar[t]).sqrt() * noise[some]
             timestep = torch.full((len(some),), t, device=device)
@@ -62,6 +70,13 @@ def validate(
             epsilon = out.sample[:, : x0.shape[1]].float()
             error += weight @ F.mse_loss(epsilon, noise[some].to(device), reduction="none").flatten(1).mean(1)
             routing = getattr(out, "routing", None)
-            kept += torch.nan if routing is None else weight @ routing.mask.sum(1).float()
-        loss[t], tokens[t] = error.item(), kept.item()
-    return Validation(loss, tokens)
+            if routing is None:
+                kept += torch.nan
+                gated += weight.sum()
+            else:
+                count = routing.mask.sum(1).float()
+                kept += weight @ count
+                config = getattr(model, "module", model).config  # of the model inside of DDP
+                gated += weight @ gate_share(config, out.gates, count)
+        loss[t], tokens[t], left[t] = error.item(), kept.item(), gated.item()
+    return Validation(loss, tokens, left)

@@ -59,6 +59,8 @@ def _no_place(c: dict[str, Any]) -> str | None:
         return f"its scaffold is {c['scaffold']}, and theirs is paper"
     if c["router"] != "predictability":
         return f"its router is {c['router']}, and theirs is predictability"
+    if c["dydit"]:
+        return "its blocks have DyDiT's gates, and theirs have none"
     if c["condition_adaptor"]:
         return "it has an adaptor of the conditioning (--init paper puts one in), and theirs has none"
     return "its blocks have embedders of their own, and theirs share one" if c["num_embedders"] > 1 else None

@@ -113,6 +113,8 @@ def _no_dit(c: dict[str, Any], tensors: dict[str, LazyTensor]) -> str | None:
     budget = next((name for name in ("tail_drop", "uncond_tail_drop", "tokens", "budget") if c[name]), None)
     if budget:
         return f"its {budget} is {c[budget]} by default, so that it drops tokens"
+    if c["dydit"]:
+        return "its blocks have DyDiT's gates"
     trained = next((name for name in _SCAFFOLD_ENDS if tensors[name].load().any()), None)
     return f"{trained} is not zero any more, so that its scaffold adds to the DiT" if trained else None
 

@@ -4,19 +4,25 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.flops import PAPER_STEPS, dit_flops, student_flops_by_tail_drop
+from upcycle.evaluation.flops import (
+    PAPER_STEPS,
+    dit_flops,
+    least_gate_share,
+    student_flops_by_tail_drop,
+    tokens_at_ratio,
+)
 from upcycle.graft import exact, paper
 from upcycle.graft.dcdit_names import from_authors
 from upcycle.graft.embedders import merge_embedders
 from upcycle.graft.pieces import FreshTensor, ReusedTensor
 from upcycle.graft.writer import Piece, nbytes
-from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.models.chunked_dit import ChunkedDiT, DyDiTRouters
 from upcycle.sources import DCDiTConfig, DiTConfig, Source, StudentConfig
 from upcycle.sources.weight_files import read_json
 
@@ -35,6 +41,7 @@ class Options:
     scaffold: str | None = None
     router: str = "predictability"
     time_embedding: str | None = None
+    dydit: float = 0.0
     seed: int = 0
 
 
@@ -93,7 +100,14 @@ def make_plan(source: Source, options: Options) -> Plan:
     ):
         if value not in allowed:
             raise UpcycleError(f"{name} {value} is unknown; choose one of {', '.join(a for a in allowed if a)}")
-    if isinstance(source.config, DCDiTConfig | StudentConfig) and options != Options(seed=options.seed):
+    plan = _make_plan(source, options)
+    return _with_gates(plan, options) if options.dydit else plan
+
+
+def _make_plan(source: Source, options: Options) -> Plan:
+    """The conversion without DyDiT's gates."""
+    own = replace(options, dydit=0.0, seed=0)
+    if isinstance(source.config, DCDiTConfig | StudentConfig) and own != Options():
         kind = "a converted model" if source.kind == "student" else "a DC-DiT"
         raise UpcycleError(
             f"{source.spec} is {kind} already and is exported as it is; leave out --ratio, --init, --scaffold, "
@@ -106,6 +120,35 @@ def make_plan(source: Source, options: Options) -> Plan:
     if isinstance(source.config, DCDiTConfig):
         return _plan_authors(source, source.config, options)
     return _plan_graft(source, source.config, options)
+
+
+def _with_gates(plan: Plan, options: Options) -> Plan:
+    """The conversion with DyDiT's gates in the blocks, all of them open."""
+    config, wish = plan.config, f"--dydit {options.dydit:g}"
+    heads, layers = config["num_attention_heads"], config["num_layers"]
+    if config["dydit"]:
+        raise UpcycleError(f"{plan.source.spec} has DyDiT's gates already, for {config['dydit']:g}; leave out --dydit")
+    if not 0 < options.dydit < 1:
+        raise UpcycleError(f"{wish} is no share of the blocks' FLOPs between 0 and 1; 0.7 and 0.5 are usual")
+    if heads < 2:
+        raise UpcycleError(f"{wish} needs two attention heads or more, and {plan.source.spec} has {heads}")
+    least = least_gate_share(config, tokens_at_ratio(config))
+    if options.dydit <= least:
+        raise UpcycleError(f"{wish} cannot be reached: a block with all that may be off costs {least:.0%} still")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        routers = DyDiTRouters(heads * config["attention_head_dim"], heads, layers)
+    pieces = {f"dydit_routers.{name}": FreshTensor(tensor) for name, tensor in routers.state_dict().items()}
+    return replace(
+        plan,
+        config={**config, "dydit": options.dydit},
+        pieces={**plan.pieces, **pieces},
+        notes=[
+            *plan.notes,
+            f"DyDiT's gates are all open until they are trained: the blocks cost all of their FLOPs, and "
+            f"{options.dydit:.0%} of them afterwards, which is what FLOPs per image are counted with",
+        ],
+    )
 
 
 def _ratio(options: Options, teacher: DiTConfig) -> float:

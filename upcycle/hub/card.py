@@ -230,7 +230,9 @@ def _cost(config: Mapping[str, Any], export: Export, evidence: list[dict[str, An
     lines += [f"| {rho} | {value / 1e12:.4g} |" for rho, value in student_flops_by_tail_drop(config).items()]
     shares = chunked_dit_flops(config, config["sample_size"] ** 2 / config["ratio"])
     share = 1 - shares["blocks"] / sum(shares.values())
-    lines += ["", f"Counted as in the DC-DiT paper, with the router at its ratio; {share:.0%} of it is the scaffold."]
+    gates = f" and DyDiT's gates at their target of {config['dydit']:.0%}" if config.get("dydit") else ""
+    counted = f"Counted as in the DC-DiT paper, with the router at its ratio{gates}"
+    lines += ["", f"{counted}; {share:.0%} of it is the scaffold."]
     speed = [found for found in evidence if found["metric"] == SPEED]
     if speed:
         lines += ["", "| measured speed | | this model | its teacher | settings |", "|---|---|---|---|---|"]

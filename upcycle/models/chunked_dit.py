@@ -55,6 +55,8 @@ OFF_GRID_WEIGHT = 0.135  # of a window beside the teacher's grid, where windows 
 REACH = 8  # rows on either side in which owners are looked for at first
 BIAS_CHANNELS = 8  # of the packed attention kernel, whose heads are multiples of 8 wide
 GAUSSIAN_CUT = 7.2  # standard deviations beyond which a weight is below 1e-11
+GATE_TEMPERATURE = 5.0  # of DyDiT's Gumbel-sigmoid, as the authors have it
+OPEN_GATE = 5.0  # logit at which the gates start: all open, and under noise one of 150 is not
 
 
 @dataclass
@@ -81,11 +83,28 @@ class Routing:
 
 
 @dataclass
+class Gates:
+    """What DyDiT's routers decided (arXiv 2410.03456): 1 for on and 0 for off, fp32 with a straight-through gradient.
+
+    ``heads`` and ``channels`` [B, layers, heads]: attention heads, and as many groups of the MLP's channels.
+    ``seed`` int64 [B]: of the noise, None without. ``tokens`` [B, layers]: the share of a sample's tokens that went
+    through the MLP, known once the blocks have run.
+    """
+
+    heads: torch.Tensor
+    channels: torch.Tensor
+    seed: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+@dataclass
 class ChunkedDiTOutput(BaseOutput):
-    """``sample`` [B, O, H, W] (epsilon, then the learned sigma where there is one) and the ``routing`` behind it."""
+    """``sample`` [B, O, H, W] (epsilon, then the learned sigma where there is one), the ``routing`` behind it, and the
+    ``gates`` of the blocks where they have some."""
 
     sample: torch.Tensor
     routing: Routing | None = None
+    gates: Gates | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,13 +162,17 @@ class TimestepLabelEmbedder(nn.Module):
         self.timestep_embedder = nn.ModuleDict({"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})
         self.class_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
 
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    def of_timestep(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The timestep's part, [B] -> [B, D]."""
         half = 128
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
         angle = timestep.float()[:, None] * torch.exp(exponent / (half - self.frequency_shift))
         linear_1, linear_2 = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
         h = torch.cat([angle.cos(), angle.sin()], dim=-1).to(linear_1.weight.dtype)
-        h = linear_2(F.silu(linear_1(h)))
+        return linear_2(F.silu(linear_1(h)))
+
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        h = self.of_timestep(timestep)
         # Any label past the last class is the null class: DiTPipeline sends 1000 whatever the number of classes.
         return h + self.class_embedder["embedding_table"](class_labels.clamp(max=self.num_classes))
 
@@ -194,8 +217,8 @@ class Layout:
                 bias = self.key_bias.flatten()[self.place].float() / scale
             high = bias.to(k.dtype)
             parts = torch.stack([high, (bias - high.float()).to(k.dtype)], dim=-1)
-            self._bias_channels = F.pad(parts, (0, BIAS_CHANNELS - 2))[:, None].expand(-1, k.shape[1], -1)
-        return self._bias_channels
+            self._bias_channels = F.pad(parts, (0, BIAS_CHANNELS - 2))[:, None]
+        return self._bias_channels.expand(-1, k.shape[1], -1)
 
     def pack(self, x_BMD: torch.Tensor) -> torch.Tensor:
         """[B, M, D] -> [T, D], or unchanged where the batch is even."""
@@ -232,10 +255,16 @@ class Layout:
         if self.place is None:
             return _add(_multiply(x, gate_BD[:, None]), hidden_states)
         if lengths is None or not _may_overwrite(x, hidden_states, gate_BD):
-            return hidden_states + _Modulate.apply(x, gate_BD, None, self.place, self.longest, lengths)
+            return hidden_states + self.scale(x, gate_BD)
         for rows, added, gate in zip(hidden_states.split(lengths), x.split(lengths), gate_BD, strict=True):
             added.mul_(gate).add_(rows)
         return x
+
+    def scale(self, x: torch.Tensor, factor_BD: torch.Tensor) -> torch.Tensor:
+        """factor x, with a vector per sample; may overwrite x of an even batch where no gradient is asked for."""
+        if self.place is None:
+            return _multiply(x, factor_BD[:, None])
+        return _Modulate.apply(x, factor_BD, None, self.place, self.longest, self.known_lengths(x))
 
     def known_lengths(self, x: torch.Tensor) -> list[int] | None:
         """`lengths` where going sample by sample pays; compiled graphs should not depend on them."""
@@ -350,6 +379,80 @@ class Chunks:
     move: torch.Tensor
 
 
+@dataclass
+class Width:
+    """Which heads, or groups of channels, of a layer are on: ``gate`` [B, groups], 0 or 1.
+
+    ``runs``: those that are on as pairs of first and end, where all samples have the same: the others are not computed.
+    Without it they are, and multiplied by 0.
+    """
+
+    gate: torch.Tensor
+    runs: list[tuple[int, int]] | None = None
+
+    def mask(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """x with the channels of what is off at 0; x itself where they are not in it."""
+        if self.runs is not None:
+            return x
+        return layout.scale(x, self.gate.repeat_interleave(x.shape[-1] // self.gate.shape[1], dim=1).to(x.dtype))
+
+    def linear(self, layer: nn.Module, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """A linear layer, of which only the outputs (``dim`` 0) or inputs (1) that are on are computed."""
+        if self.runs is None:
+            return layer(x)
+        each = layer.weight.shape[dim] // self.gate.shape[1]
+        spans = [(first * each, (end - first) * each) for first, end in self.runs]
+
+        def on(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            parts = [tensor.narrow(dim, start, length) for start, length in spans]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+        return F.linear(x, on(layer.weight, dim), layer.bias if dim else on(layer.bias, 0))
+
+
+class BlockGates:
+    """The gates of one block. ``heads`` and ``channels`` are None where all are on; ``router`` tells the tokens that
+    go through the MLP, with ``noise`` [B, M] while it trains; ``skips``: those that do not are left out. The block
+    notes the ``share`` [B] that did. (No dataclass: FSDP hands copies of such to a block, and the note would be lost.)
+    """
+
+    def __init__(
+        self,
+        heads: Width | None,
+        channels: Width | None,
+        router: nn.Module,
+        noise: torch.Tensor | None,
+        skips: bool,
+        share: torch.Tensor,
+    ):
+        self.heads, self.channels, self.router, self.noise, self.skips = heads, channels, router, noise, skips
+        self.share = share
+
+    def tokens(self, hidden_states: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """The gate of every token, [B, M] or packed [T]."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logit = self.router(hidden_states.float())[..., 0]
+        noise = None if self.noise is None else layout.pack(self.noise[..., None])[..., 0]
+        gate = straight_through(logit, noise)
+        padded, one = (layout.pad(y[..., None])[..., 0] for y in (gate, torch.ones_like(gate)))
+        self.share = padded.sum(1) / one.sum(1)
+        return gate
+
+
+def straight_through(logit: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """1 where the logit (plus logistic noise, the difference of two Gumbels) is positive, else 0, fp32; the gradient
+    is that of the sigmoid at `GATE_TEMPERATURE`."""
+    logit = logit.float() if noise is None else logit.float() + noise
+    soft = torch.sigmoid(logit / GATE_TEMPERATURE)
+    return (logit > 0).float() + (soft - soft.detach())  # the bracket is 0 to the bit
+
+
+def runs_of(on: list[bool]) -> list[tuple[int, int]]:
+    """Where the true ones stand, as pairs of first and end."""
+    edges = [i for i in range(len(on) + 1) if (i > 0 and on[i - 1]) != (i < len(on) and on[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over kept tokens, under diffusers' parameter names."""
 
@@ -361,9 +464,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
-        return self.to_out[0](attend(q, k, v, layout).flatten(-2))
+    def forward(self, x: torch.Tensor, layout: Layout, width: Width | None = None) -> torch.Tensor:
+        if width is None:
+            q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
+            return self.to_out[0](attend(q, k, v, layout).flatten(-2))
+        each = x.shape[-1] // self.heads
+        q, k, v = (width.linear(to, x, 0).unflatten(-1, (-1, each)) for to in (self.to_q, self.to_k, self.to_v))
+        return width.linear(self.to_out[0], width.mask(attend(q, k, v, layout).flatten(-2), layout), 1)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -434,8 +541,8 @@ class GELUProjection(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, hidden)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.proj(x)
+    def forward(self, x: torch.Tensor, width: Width | None = None) -> torch.Tensor:
+        h = self.proj(x) if width is None else width.linear(self.proj, x, 0)
         return torch.ops.aten.gelu_(h, approximate="tanh") if _may_overwrite(h) else F.gelu(h, approximate="tanh")
 
 
@@ -446,8 +553,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: torch.Tensor, layout: Layout, width: Width | None = None) -> torch.Tensor:
+        if width is None:
+            return self.net[2](self.net[0](x))
+        return width.linear(self.net[2], width.mask(self.net[0](x, width), layout), 1)
 
 
 class Modulation(nn.Module):
@@ -471,14 +580,41 @@ class Block(nn.Module):
         self.ff = FeedForward(width)
         self.norm_eps = norm_eps
 
-    def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, condition: torch.Tensor, layout: Layout, gates: BlockGates | None = None
+    ) -> torch.Tensor:
         """hidden_states [B, M, D] or packed [T, D] or `Layout.spread`, condition = SiLU(c) [B, D]."""
         hidden_states = layout.enter(hidden_states)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.norm1(condition)
         h = layout.modulate(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6), scale_a, shift_a)
-        hidden_states = layout.add_gated(hidden_states, self.attn1(h, layout), gate_a)
+        attended = self.attn1(h, layout, None if gates is None else gates.heads)
+        hidden_states = layout.add_gated(hidden_states, attended, gate_a)
         h = layout.modulate(F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.norm_eps), scale_f, shift_f)
-        return layout.leave(layout.add_gated(hidden_states, self.ff(h), gate_f))
+        fed = self.ff(h, layout) if gates is None else self._feed(h, layout, gates, gates.tokens(hidden_states, layout))
+        return layout.leave(layout.add_gated(hidden_states, fed, gate_f))
+
+    def _feed(self, h: torch.Tensor, layout: Layout, gates: BlockGates, tokens: torch.Tensor) -> torch.Tensor:
+        """The MLP for the tokens whose gate is on, and 0 for the others."""
+        if not gates.skips:
+            return self.ff(h, layout, gates.channels) * tokens[..., None].to(h.dtype)
+        flat, rows = h.flatten(0, -2), tokens.flatten().nonzero()[:, 0]
+        if len(rows) == len(flat):
+            return self.ff(h, layout, gates.channels)
+        fed = self.ff(flat[rows], layout, gates.channels)
+        return fed.new_zeros(flat.shape).index_copy_(0, rows, fed).view_as(h)
+
+    def is_plain(self) -> bool:
+        """Whether its layers are nothing but their weights, so that parts of these can be taken: not compiled, no
+        adapter, no quantised weights, no hooks such as those of offloading."""
+        if self._compiled_call_impl is not None:
+            return False
+        layers = (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v, self.attn1.to_out[0], self.ff.net[0].proj)
+        return all(
+            type(layer) is nn.Linear
+            and type(layer.weight) is nn.Parameter
+            and not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_diffusers_hook"))
+            for layer in (*layers, self.ff.net[2])
+        )
 
 
 def group_norm(channels: int, groups: int = 32, fp32: bool = False) -> nn.GroupNorm:
@@ -790,17 +926,77 @@ class Router(nn.Module):
         return score, score + self.bias.float()
 
 
-def random_logit(timestep: torch.Tensor, size: int, ratio: float) -> torch.Tensor:
-    """Ablation: a fixed random choice of 1/ratio of the positions for each timestep, as logits, fp32 [B, L].
+def hashed(seed: torch.Tensor, size: int) -> torch.Tensor:
+    """``size`` evenly spread numbers below 2^32 for each of the seeds, int64 [B] -> [B, size].
 
-    An integer hash of (position, timestep), so that a sample does not depend on its batch-mates or on global state.
+    An integer hash of (seed, place), so that a sample does not depend on its batch-mates or on global state.
     """
-    position = torch.arange(size, device=timestep.device)[None]
-    h = (position * 2654435761 + (timestep.long()[:, None] + 1) * 40503) & 0xFFFFFFFF
+    place = torch.arange(size, device=seed.device)[None]
+    h = (place * 2654435761 + seed[:, None] * 40503) & 0xFFFFFFFF
     for _ in range(2):
         h = ((h ^ (h >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    uniform = (h ^ (h >> 16)).double() / 2**32
+    return h ^ (h >> 16)
+
+
+def logistic_noise(seed: torch.Tensor, size: int) -> torch.Tensor:
+    """Noise of gates that train, from seeds [B]; fp32 [B, size]."""
+    return torch.logit((hashed(seed, size).double() + 0.5) / 2**32).float()
+
+
+def random_logit(timestep: torch.Tensor, size: int, ratio: float) -> torch.Tensor:
+    """Ablation: a fixed random choice of 1/ratio of the positions for each timestep, as logits, fp32 [B, L]."""
+    uniform = hashed(timestep.long() + 1, size).double() / 2**32
     return (8 * (uniform - (1 - 1 / ratio))).float()
+
+
+class DyDiTRouters(nn.Module):
+    """DyDiT's routers of all blocks (arXiv 2410.03456): heads and groups of channels by the timestep alone, and by the
+    token whether it goes through the MLP. The first head and group are always on. All gates start open."""
+
+    def __init__(self, width: int, heads: int, layers: int):
+        super().__init__()
+        self.shape = layers, 2, heads - 1
+        self.width = nn.Linear(width, math.prod(self.shape))
+        narrow = max(1, width // 16)
+        self.tokens = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, narrow), nn.ReLU(), nn.Linear(narrow, 1)) for _ in range(layers)
+        )
+        for layer in (self.width, *(router[-1] for router in self.tokens)):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, OPEN_GATE)
+
+    def forward(self, time: torch.Tensor, seed: torch.Tensor | None) -> Gates:
+        """time [B, D], the timestep's embedding; seeds of the noise, int64 [B], or None."""
+        with torch.autocast(time.device.type, enabled=False):
+            logit = self.width(time.float())
+        noise = None if seed is None else logistic_noise(seed, logit.shape[1])
+        gate = straight_through(logit, noise).unflatten(1, self.shape)
+        heads, channels = F.pad(gate, (1, 0), value=1.0).unbind(2)
+        return Gates(heads, channels, seed)
+
+    def of_blocks(self, gates: Gates, blocks: nn.ModuleList, longest: int) -> list[BlockGates]:
+        """What each block needs; on the device one thing is waited for, what is on for all blocks together."""
+
+        def width(gate: torch.Tensor, on: list[bool] | None) -> Width | None:
+            if on is None:
+                return Width(gate)
+            return None if all(on) else Width(gate, runs_of(on))
+
+        kept = None
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            on = torch.stack([gates.heads, gates.channels]).bool().cpu()  # [2, B, layers, heads]
+            kept = on[:, 0].tolist() if (on == on[:, :1]).all() else None
+        out = []
+        for i, block in enumerate(blocks):
+            skips = kept is not None and block.is_plain()
+            heads, channels = (
+                width(gate[:, i], kept[which][i] if kept is not None and skips else None)
+                for which, gate in enumerate((gates.heads, gates.channels))
+            )
+            noise = None if gates.seed is None else logistic_noise(gates.seed + i + 1, longest)
+            share = torch.zeros_like(gates.heads[:, i, 0])
+            out.append(BlockGates(heads, channels, self.tokens[i], noise, skips, share))
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -896,14 +1092,17 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             set at first, in forms that JSON holds; ``budget`` is a share or the arguments, such as {"tflops": 40}.
         calibration: what `upcycle calibrate` measured for `set_budget`; of FLOPs a + b M + c M^2 of a forward it
             holds a, b and c.
+        dydit: share of the blocks' FLOPs that gates in the blocks are trained to (DyDiT's lambda); 0 for no gates.
     """
 
     _auto_class = "AutoModel"
     _supports_gradient_checkpointing = True
     # Lists, not tuples: diffusers wraps anything else into a list of one.
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _keep_in_fp32_modules = ["routing_module"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "routing_module", "timestep_embedder"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["routing_module", "dydit_routers"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = [  # noqa: RUF012
+        "pos_embed", "norm", "routing_module", "dydit_routers", "timestep_embedder",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(
@@ -938,12 +1137,15 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         tokens: int | list | dict | None = None,
         budget: float | dict | None = None,
         calibration: dict[str, Any] | None = None,
+        dydit: float = 0.0,
     ):
         super().__init__()
         if scaffold not in ("lean", "paper"):
             raise ValueError(f"scaffold must be 'lean' or 'paper', got {scaffold!r}")
         if router not in ("predictability", "cosine", "random", "grid"):
             raise ValueError(f"router must be predictability, cosine, random or grid, got {router!r}")
+        if not 0 <= dydit < 1 or (dydit and num_attention_heads < 2):
+            raise ValueError(f"dydit must be in [0, 1), and needs two heads or more; got {dydit}")
         D, lean = num_attention_heads * attention_head_dim, scaffold == "lean"
         E = scaffold_width or D // 4
         self.gradient_checkpointing = False
@@ -995,6 +1197,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             self.decoder_norm = RMSNorm(E)
             self.proj_out_1 = nn.Linear(D, 2 * E)
             self.proj_out_2 = nn.Linear(E, out_channels)
+        self.dydit_routers = DyDiTRouters(D, num_attention_heads, num_layers) if dydit and num_layers else None
 
     # -- budgets ------------------------------------------------------------------------------------------------------
 
@@ -1283,6 +1486,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         return_dict: bool = True,
         tail_drop: float | torch.Tensor | None = None,
         guide: float | torch.Tensor | None = None,
+        gate_seed: torch.Tensor | None = None,
     ) -> ChunkedDiTOutput | tuple[torch.Tensor]:
         """Predict the noise (and the learned sigma) of noisy latents.
 
@@ -1294,6 +1498,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
             tail_drop: fraction to drop, a float or fp32 [B] (Lite-CFG); default: what `set_tail_drop` and
                 `set_lite_cfg` set.
             guide: weight k of the untrained start, a float or fp32 [B, 1]; default: ``self.guide``.
+            gate_seed: while DyDiT's gates train, seeds of their noise, int64 [B]; default: no noise.
 
         Returns:
             `ChunkedDiTOutput`, or ``(sample,)``.
@@ -1309,13 +1514,16 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         embeddings = [embedder(timestep, class_labels) for embedder in self.embedders]
         conditions = [F.silu(c) for c in embeddings]
         scaffold_condition = F.silu(self.condition_norm(embeddings[0]))
+        gates = None
+        if self.dydit_routers is not None:
+            gates = self.dydit_routers(self.embedders[0].of_timestep(timestep), gate_seed)
         run = self._forward_lean if self.config.scaffold == "lean" else self._forward_paper
         cached = self.is_cache_enabled
         with self._caching(hidden_states, timestep, class_labels) if cached else contextlib.nullcontext():
-            sample, routing = run(hidden_states, timestep, conditions, scaffold_condition, tail_drop, guide)
+            sample, routing = run(hidden_states, timestep, conditions, scaffold_condition, tail_drop, guide, gates)
         if not return_dict:
             return (sample,)
-        return ChunkedDiTOutput(sample=sample, routing=routing)
+        return ChunkedDiTOutput(sample=sample, routing=routing, gates=gates)
 
     def run_blocks(
         self,
@@ -1326,11 +1534,13 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         lengths: list[int] | None,
         index: torch.Tensor,
         owner_slot: torch.Tensor,
+        gates: Gates | None = None,
     ) -> torch.Tensor:
         """The transformer: tokens [B, M, D], conditions one or num_layers of [B, D], key_bias [B, M] or None.
 
         ``valid`` bool [B, M] marks the ``lengths`` tokens that are not padding (None: there is none), which comes back
-        as zero. ``index`` and ``owner_slot``: as in `Chunks`.
+        as zero. ``index`` and ``owner_slot``: as in `Chunks`. ``gates`` get their ``tokens``
+        here.
         """
         layout = Layout(lengths)
         if lengths is None:
@@ -1343,21 +1553,26 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         if self.is_cache_enabled:
             layout.spread = index, owner_slot
             tokens = layout.leave(tokens)
+        own: list[BlockGates] = []
+        if self.dydit_routers is not None and gates is not None:
+            own = self.dydit_routers.of_blocks(gates, self.transformer_blocks, layout.longest)
         for i, block in enumerate(self.transformer_blocks):
             condition = conditions[i % len(conditions)]
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, condition, layout)
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, layout, *own[i : i + 1])
             else:
-                tokens = block(tokens, condition, layout)
+                tokens = block(tokens, condition, layout, *own[i : i + 1])
+        if gates is not None:
+            gates.tokens = torch.stack([block.share for block in own], dim=1)
         return layout.pad(layout.enter(tokens))
 
-    def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
+    def _forward_lean(self, x, timestep, conditions, scaffold_condition, tail_drop, guide, gates):
         features = self.encode(x, scaffold_condition)
         routing = self.route(features, x, timestep, scaffold_condition, tail_drop, guide)
         chunks = self.chunk(x, routing, timestep)
         tokens = self.embed_tokens(x, features, chunks)
         tokens = self.run_blocks(
-            tokens, conditions, chunks.key_bias, chunks.valid, chunks.lengths, chunks.index, chunks.owner_slot
+            tokens, conditions, chunks.key_bias, chunks.valid, chunks.lengths, chunks.index, chunks.owner_slot, gates
         )
         entries = self.head(tokens, conditions[0], chunks, timestep)
         base, geometry = self.dechunk(entries, tokens, x, chunks, timestep)
@@ -1534,7 +1749,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         geometry = torch.stack([covered[..., 0].float(), d_row.float() / patch, d_column.float() / patch], dim=1)
         return base.transpose(1, 2).unflatten(2, grid), geometry.unflatten(2, grid)
 
-    def _forward_paper(self, x, timestep, conditions, scaffold_condition, tail_drop, guide):
+    def _forward_paper(self, x, timestep, conditions, scaffold_condition, tail_drop, guide, gates):
         c = self.config
         height, width = grid = tuple(x.shape[-2:])
         h = self.conv_in(x)
@@ -1559,7 +1774,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         tokens = gather_tokens(h_BLD, index)
         tokens = tokens + self.positions(index, grid).to(tokens.dtype)
         owner_slot = slot.gather(1, owner)
-        tokens = self.run_blocks(tokens, conditions, key_bias, valid, lengths, index, owner_slot)
+        tokens = self.run_blocks(tokens, conditions, key_bias, valid, lengths, index, owner_slot, gates)
         tokens = self.blocks_norm(tokens)
 
         p = routing.probability.gather(1, index)

@@ -68,6 +68,7 @@ class _Options(BaseModel):
     beta_end: Number = 1
     sample_range: Number = 1
     calibration: _Calibration | None = None
+    dydit: Annotated[float, Field(ge=0, lt=1)] = 0
 
 
 def blank_student(where: str, config: Mapping[str, Any]) -> ChunkedDiT:

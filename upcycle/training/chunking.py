@@ -13,7 +13,7 @@ from upcycle.training.step import TERMS, Updater, parts_of
 
 COLUMNS = (
     "step", "stage", "loss", *TERMS, "ratio", "tokens_kept", "tokens_t0", "tokens_t250", "tokens_t500", "tokens_t750",
-    "tail_drop", "guide", "bias", "lr", "grad_norm", "skipped", *TIMES,
+    "block_flops", "tail_drop", "guide", "bias", "lr", "grad_norm", "skipped", *TIMES,
 )  # fmt: skip
 
 
@@ -24,14 +24,14 @@ FROM_TEACHER = {
 
 
 def make_optimizer(student: ChunkedDiT, recipe: Recipe, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW with groups for the router, for what comes from the teacher, and for the rest of the scaffold."""
+    """AdamW with groups for the routers, for what comes from the teacher, and for the rest of the scaffold."""
     o = recipe.optimizer
     scales = {"router": o.router_lr_scale, "teacher": o.teacher_lr_scale, "scaffold": 1.0}
     members: dict[str, list[torch.nn.Parameter]] = {name: [] for name in scales}
     theirs = FROM_TEACHER["lean" if student.config.scaffold == "lean" else "paper"]
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            part = "router" if name.startswith("routing_module.") else "scaffold"
+            part = "router" if name.startswith(("routing_module.", "dydit_routers.")) else "scaffold"
             members["teacher" if name.startswith(theirs) else part].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "lr_scale": scales[part]} for part, parameters in members.items() if parameters

@@ -91,8 +91,8 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> dict[str, Any]:
 
 def parameter_groups(student: ChunkedDiT) -> dict[str, list[torch.nn.Parameter]]:
     """The parameters by what they are; ``embedders``, ``blocks`` and ``head`` are what a recipe calls so."""
-    prefixes = {"routing_module": "router", "embedders": "embedders", "transformer_blocks": "blocks",
-                "proj_out_1": "head", "proj_out_2": "head"}  # fmt: skip
+    prefixes = {"routing_module": "router", "dydit_routers": "router", "embedders": "embedders",
+                "transformer_blocks": "blocks", "proj_out_1": "head", "proj_out_2": "head"}  # fmt: skip
     groups: dict[str, list[torch.nn.Parameter]] = {name: [] for name in GROUPS}
     for name, parameter in student.named_parameters():
         groups[prefixes.get(name.partition(".")[0], "scaffold")].append(parameter)
@@ -174,7 +174,7 @@ def _stage(recipe: Recipe, stage: Stage, config: Mapping[str, Any], teacher: DiT
     learned = config["router"] in ("predictability", "cosine") and config["scaffold"] == "lean"
     asked = bool(weight.distill or (weight.router and learned))
     forwards = asked * (1 + (stage.teacher_guidance > 1)) + bool(weight.blocks)
-    parts = chunked_dit_flops(config, kept)
+    parts = chunked_dit_flops(config, kept, share=1.0)  # while they train, what DyDiT's gates drop is computed too
     student = 3 * sum(parts.values()) + (parts["blocks"] if recipe.gradient_checkpointing else 0)
     return {
         "name": stage.name,

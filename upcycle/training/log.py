@@ -76,7 +76,7 @@ class Log:
         rows = self._run.pending
         if not rows:
             return None
-        mean = {name: _mean([row[name] for row in rows]) for name in self._columns}
+        mean = {name: _mean([row.get(name, math.nan) for row in rows]) for name in self._columns}
         mean |= {name: rows[-1][name] for name in ("step", "stage", "skipped") if name in mean}
         self._run.pending = []
         self._rows.write(mean)

@@ -20,6 +20,15 @@ def ratio_loss(routing: Routing, ratio: float, group: int) -> torch.Tensor:
     return (ratio / (ratio - 1) * ((1 - r) * (1 - p) + (ratio - 1) * r * p)).mean()
 
 
+def flops_loss(share: torch.Tensor, target: float, group: int) -> torch.Tensor:
+    """DyDiT's FLOPs loss, a scalar: (mean of ``share`` [B] - target)^2, over groups as `ratio_loss`.
+
+    ``share`` is what the gates leave of the blocks' FLOPs (`upcycle.evaluation.flops.gate_share`). The mean is over
+    samples of many timesteps, so that some may cost more than others.
+    """
+    return torch.stack([(chunk.mean() - target).square() for chunk in share.split(group)]).mean()
+
+
 def local_deviation(x0: torch.Tensor) -> torch.Tensor:
     """Standard deviation of each 3x3 neighbourhood, channels pooled: [B, C, H, W] -> [B, L]."""
     mean = F.avg_pool2d(x0, 3, 1, 1, count_include_pad=False)

@@ -28,6 +28,8 @@ def read(out: Path, recipe: Recipe, step: int) -> Results:
     if row is None or recipe.validation is None:
         return Results(pictures=pictures)
     budget: dict[str, Any] = {"tail_drop": 0, "tokens_kept": round(float(row["tokens_kept"]), 1)}
+    if recipe.convert.dydit or float(row.get("block_flops") or 1) != 1:
+        budget["block_flops"] = round(float(row["block_flops"]), 3)
     metric = "ε-MSE on held-out data"
     if recipe.method == "ddit":
         budget = {"patches": f"mean over x{', x'.join(map(str, recipe.ddit.patches))}"}

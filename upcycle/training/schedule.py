@@ -37,6 +37,12 @@ def tail_drop(recipe: Recipe, step: int) -> float:
     return random.Random(f"{recipe.seed}-{step}").choice(stage.tail_drop.values)
 
 
+def gate_seeds(recipe: Recipe, step: int, samples: range) -> list[int]:
+    """Seeds of the noise of DyDiT's gates for these samples of a step's batch, whichever rank has them."""
+    first = step * recipe.batch_size
+    return [random.Random(f"{recipe.seed}-gates-{first + i}").getrandbits(31) for i in samples]
+
+
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Learning rate at ``step``; groups of parameters multiply it (`Optimizer`)."""
     stage, done = stage_at(recipe, step)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel
 
+from upcycle.evaluation.flops import gate_share
 from upcycle.models.chunked_dit import ChunkedDiT, Routing, lattice_prior
 from upcycle.recipe import Recipe, Stage
 from upcycle.training import losses, schedule
@@ -22,7 +23,7 @@ from upcycle.training.data import Batch
 from upcycle.training.state import RunState, router_bias
 from upcycle.training.variational import VariationalBound, noise_schedule
 
-TERMS = ("diffusion", "variational", "distill", "blocks", "ratio_loss", "router")
+TERMS = ("diffusion", "variational", "distill", "blocks", "ratio_loss", "router", "flops")
 NOISE_LEVELS = 4
 """Tokens kept are reported by quarter of the timesteps, the cleanest first."""
 
@@ -32,7 +33,7 @@ class Question:
     """A noisy part of the batch, and what the teacher says to it (with gradient off).
 
     ``x_t`` [b, C, H, W], ``alpha_bar`` [b], ``answer`` [b, O, H, W] or None where no loss asks for it, and the router's
-    ``target`` bool [b, L] or None.
+    ``target`` bool [b, L] or None. ``gate_seed`` int64 [b]: of the noise of DyDiT's gates, None without them.
     """
 
     batch: Batch
@@ -40,6 +41,7 @@ class Question:
     alpha_bar: torch.Tensor
     answer: torch.Tensor | None = None
     target: torch.Tensor | None = None
+    gate_seed: torch.Tensor | None = None
 
 
 class Updater:
@@ -76,7 +78,7 @@ class Updater:
         rho = schedule.tail_drop(recipe, run.step)
 
         questions = self._ask(stage, batch.parts(recipe.gradient_accumulation))
-        sums = torch.zeros(len(TERMS) + 3 + 2 * NOISE_LEVELS, device=self.accelerator.device)
+        sums = torch.zeros(len(TERMS) + 4 + 2 * NOISE_LEVELS, device=self.accelerator.device)
         logits = []
         for i, question in enumerate(questions):
             last = i == len(questions) - 1
@@ -119,6 +121,8 @@ class Updater:
                 )
                 details.append(losses.visible_detail(estimate, alpha_bar, self.prior))
             questions.append(question)
+        if self.student.dydit_routers is not None:
+            self._seed_gates(questions)
         if supervised:
             detail = torch.cat(details)
             everyone = self.accelerator.gather(detail)
@@ -127,6 +131,14 @@ class Updater:
             for question, part in zip(questions, target.chunk(len(questions)), strict=True):
                 question.target = part
         return questions
+
+    def _seed_gates(self, questions: list[Question]) -> None:
+        share = sum(len(question.x_t) for question in questions)
+        first = self.accelerator.process_index * share
+        drawn = schedule.gate_seeds(self.recipe, self.run.step, range(first, first + share))
+        seeds = torch.tensor(drawn, device=self.accelerator.device)
+        for question, part in zip(questions, seeds.chunk(len(questions)), strict=True):
+            question.gate_seed = part
 
     def _answer(self, question: Question, guidance: float) -> None:
         batch, channels = question.batch, self.student.config.in_channels
@@ -154,7 +166,8 @@ class Updater:
                     x_t = question.x_t.to(self.teacher.dtype)
                     self.teacher(x_t, timestep=batch.timestep, class_labels=batch.label)
             with self.accelerator.autocast():
-                out = self.model(question.x_t, batch.timestep, batch.label, tail_drop=rho, guide=guide)
+                options = {"tail_drop": rho, "guide": guide, "gate_seed": question.gate_seed}
+                out = self.model(question.x_t, batch.timestep, batch.label, **options)
         sample, routing, channels = out.sample.float(), out.routing, c.in_channels
         per_sample = torch.ones_like(question.alpha_bar)
         if weight.min_snr is not None:
@@ -175,8 +188,14 @@ class Updater:
             terms["ratio_loss"] = losses.ratio_loss(routing, c.ratio, weight.ratio_group)
         if question.target is not None:
             terms["router"] = losses.router_loss(routing, question.target)
+        share = gate_share(c, out.gates, routing.mask.sum(1))
+        if weight.flops and out.gates is not None:
+            terms["flops"] = losses.flops_loss(share, c.dydit, weight.ratio_group)
         router_weight = schedule.router_weight(self.recipe, self.run.step)
-        weights = (weight.diffusion, weight.variational, weight.distill, weight.blocks, weight.ratio, router_weight)
+        weights = (
+            weight.diffusion, weight.variational, weight.distill, weight.blocks, weight.ratio, router_weight,
+            weight.flops,
+        )  # fmt: skip
         loss = zero + sum(w * term for w, term in zip(weights, terms.values(), strict=True))
         with torch.no_grad():
             kept = routing.mask.float().mean(1)
@@ -184,7 +203,7 @@ class Updater:
             sums = kept.new_zeros(NOISE_LEVELS).index_add(0, level, kept)
             counts = kept.new_zeros(NOISE_LEVELS).index_add(0, level, torch.ones_like(kept))
             natural = routing.mask_natural.float().mean()
-            values = torch.stack([loss, *terms.values(), natural, kept.mean()])
+            values = torch.stack([loss, *terms.values(), natural, kept.mean(), share.mean()])
         return loss / parts, torch.cat([values.detach(), sums, counts]), routing
 
     # -- the weights --------------------------------------------------------------------------------------------------
@@ -219,7 +238,7 @@ class Updater:
         self, stage: Stage, values: list[float], norm: float, stop: bool, guide: float, rho: float, lr: float
     ) -> dict[str, Any]:
         size = self.student.config.sample_size**2
-        loss, *terms, natural, kept = values[: len(TERMS) + 3]
+        loss, *terms, natural, kept, share = values[: len(TERMS) + 4]
         sums, counts = values[-2 * NOISE_LEVELS : -NOISE_LEVELS], values[-NOISE_LEVELS:]
         bias = router_bias(self.student)
         levels = {
@@ -234,6 +253,7 @@ class Updater:
             "ratio": 1 / natural if natural else math.inf,
             "tokens_kept": size * kept,
             **levels,
+            "block_flops": share,
             "tail_drop": rho,
             "guide": guide,
             "bias": 0.0 if bias is None else bias.item(),

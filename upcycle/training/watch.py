@@ -29,7 +29,7 @@ from upcycle.training.patches import PatchStudent
 from upcycle.training.state import RunState
 
 VALIDATION_COLUMNS = (
-    "step", "student", "teacher", "tokens_kept",
+    "step", "student", "teacher", "tokens_kept", "block_flops",
     *(f"{what}_t{t}" for what in ("student", "teacher", "tokens") for t in TIMESTEPS),
 )  # fmt: skip
 
@@ -123,6 +123,7 @@ class Watch:
             "student": ours.mean_loss,
             "teacher": theirs.mean_loss,
             "tokens_kept": ours.mean_tokens,
+            "block_flops": ours.mean_share,
         }
         row |= {f"student_t{t}": ours.loss[t] for t in TIMESTEPS}
         row |= {f"teacher_t{t}": theirs.loss[t] for t in TIMESTEPS}
@@ -139,11 +140,9 @@ class Watch:
         a = self._accelerator
         with nullcontext() if model is self._teacher else a.autocast():  # the teacher has a precision of its own
             mine = self._at_every_size(model)
-        values = torch.tensor([*mine.loss.values(), *mine.tokens.values()], dtype=torch.float64, device=a.device)
-        both = a.reduce(values, reduction="mean").tolist()
-        return Validation(
-            dict(zip(TIMESTEPS, both, strict=False)), dict(zip(TIMESTEPS, both[len(TIMESTEPS) :], strict=True))
-        )
+        values = torch.tensor([[*x.values()] for x in (mine.loss, mine.tokens, mine.share)], dtype=torch.float64)
+        everyone = a.reduce(values.to(a.device), reduction="mean").tolist()
+        return Validation(*(dict(zip(TIMESTEPS, row, strict=True)) for row in everyone))
 
     def _at_every_size(self, model: torch.nn.Module) -> Validation:
         """One validation; of a student with several patch sizes the mean over them."""
@@ -166,7 +165,7 @@ class Watch:
                 with self._student.reading(self._validation):
                     found.append(distance(model, self._student, self._x0, self._labels, batch=batch, **ranks))
         loss = {t: sum(one.loss[t] for one in found) / len(found) for t in TIMESTEPS}
-        return Validation(loss, found[0].tokens)
+        return Validation(loss, found[0].tokens, found[0].share)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
