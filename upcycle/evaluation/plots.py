@@ -169,7 +169,10 @@ def tail_drops(
     for k in range(len(timesteps)):
         for r, rho in enumerate(rhos):
             _kept(axes[k, r], x_0[k, r], mask[k, r])
-            text = f"{int(mask[k, r].sum())} kept" + (f"\nε ±{100 * change[k, r]:.2g} %" if rho else "\n")
+            percent = 100 * float(change[k, r])
+            text = f"{int(mask[k, r].sum())} kept" + (
+                f"\nΔε {percent:.{0 if percent >= 10 else 1}f} %" if rho else "\n"
+            )
             axes[k, r].set_xlabel(text, fontsize=8, color=INK)
     figure.savefig(path, dpi=DPI)
 

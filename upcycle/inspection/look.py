@@ -16,7 +16,7 @@ from diffusers import DiTPipeline
 from upcycle.models.chunked_dit import local_detail
 from upcycle.sampling.sampler import Sampling, Step, steps
 
-SHOWN, MAPS = 4, 7
+SHOWN, MAPS = 3, 7
 TAIL_DROPS = (0.0, 0.2, 0.4, 0.6)
 WARM_UP = 2
 

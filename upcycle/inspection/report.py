@@ -20,7 +20,9 @@ STYLE = """
 body { margin: 0 auto; max-width: 1120px; padding: 1rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1.5rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 1.5rem;
+  margin-bottom: 1.5rem; }
+.curves { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; max-width: 560px; }
 img { display: block; width: 100%; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 figcaption { margin-top: .4rem; font-size: .95rem; }
@@ -69,8 +71,10 @@ def write(
     body = [f"<h1>{escape(title)}</h1>", f"<p>{_summary(numbers[sections[0].stem])}</p>"]
     for section in sections:
         pictures = _draw(folder, pipe, section, numbers[section.stem], classes)
-        figures = "".join(_figure(folder, picture, section.made) for picture in pictures)
-        body.append(f'<h2>{escape(section.title)}</h2><div class="figures">{figures}</div>')
+        figures = [_figure(folder, picture, section.made) for picture in pictures]
+        maps = len(section.names)
+        body.append(f'<h2>{escape(section.title)}</h2><div class="figures">{"".join(figures[:maps])}</div>')
+        body.append(f'<div class="figures curves">{"".join(figures[maps:])}</div>')
         body.append(_table(numbers[section.stem]["steps"]))
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
     body.append(f'<h2>How it was made</h2><table class="words">{rows}</table>')
@@ -151,6 +155,11 @@ def _deviation(values: torch.Tensor) -> float:
 def _summary(n: dict[str, Any]) -> str:
     steps, correlation = n["steps"], n["detail_correlation"]
     least, most = (choose(steps, key=lambda step: step["tokens"]) for choose in (min, max))
+    span = (
+        "the same at every step"
+        if least["tokens"] == most["tokens"]
+        else f"from {least['tokens']:.1f} at t = {least['t']} to {most['tokens']:.1f} at t = {most['t']}"
+    )
     with_detail = "" if correlation != correlation else (
         f" Where the clean image has detail, the boundary probability is higher: Spearman’s correlation is "
         f"{correlation:.2f} on average over the steps."
@@ -160,8 +169,7 @@ def _summary(n: dict[str, Any]) -> str:
     )  # fmt: skip
     return (
         f"The router keeps <b>{n['tokens']:.1f} of {n['positions']}</b> positions on average over steps and images "
-        f"({n['compared_with']['what']}: {n['compared_with']['tokens']:g}), from {least['tokens']:.1f} at "
-        f"t = {least['t']} to {most['tokens']:.1f} at t = {most['t']}.{with_detail}"
+        f"({n['compared_with']['what']}: {n['compared_with']['tokens']:g}), {span}.{with_detail}"
     )
 
 
@@ -194,8 +202,8 @@ def _draw(
             f"image, the predicted clean one, the boundary probability and the positions kept; {first} tokens at "
             f"first, {last} at last.",
             f"{who[0].upper() + who[1:]}{'' if sampling else f', image {name}'}. Each row is a timestep: the noisy "
-            "x_t, the x_0 that the model predicts from it, the router’s boundary probability at each position, and in "
-            "red the positions kept, on the predicted x_0.",
+            "xₜ, the x₀ that the model predicts from it, the router’s boundary probability at each position, and in "
+            "red the positions kept, on the predicted x₀.",
         )
         plots.trajectory(images(seen.x_t[s]), images(seen.x_0[s]), seen.probability[s], seen.mask[s], times, path)
 
@@ -237,8 +245,8 @@ def _draw(
         f"Grid of pictures: positions kept at {len(drops.timesteps)} timesteps for tail drops "
         f"{', '.join(f'{rho:g}' for rho in drops.tail_drops)}; tokens at the last timestep: "
         f"{', '.join(str(int(mask.sum())) for mask in drops.mask[-1])}.",
-        f"What tail dropping takes away, {called(drops.label)}, seed {drops.seed}: the same x_t, without guidance, at "
-        "growing ρ. In red the positions kept, on the x_0 predicted with them; below it the change of the predicted "
+        f"What tail dropping takes away, {called(drops.label)}, seed {drops.seed}: the same xₜ, without guidance, at "
+        "growing ρ. In red the positions kept, on the x₀ predicted with them; below it the change of the predicted "
         "noise from that at ρ = 0, root mean square, as a share of it.",
     )
     plots.tail_drops(images(drops.x_0), drops.mask, drops.change, drops.tail_drops, drops.timesteps, path)
