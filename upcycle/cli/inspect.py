@@ -81,9 +81,11 @@ def inspect(
         check_output(out, force, keep)
         pipe = load_pipeline(model, revision)
         if not isinstance(pipe.transformer, ChunkedDiT):
-            raise UpcycleError(
-                f"{model} is a fixed-patch DiT, which has no router to look at; convert it first, and give the student"
+            has_adapter = hasattr(pipe.transformer, "ddit")
+            instead = (
+                "its patch sizes are drawn by upcycle sample" if has_adapter else "convert it, and give the student"
             )
+            raise UpcycleError(f"{model} is a DiT of fixed patches, which has no router to look at; {instead}")
         count = class_count(pipe)
         labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
         chosen = real.choose(pipe, images, labels if classes is not None else None, num) if images else None
@@ -99,7 +101,7 @@ def inspect(
         seen = look.look_at_sampling(pipe, labels, seeds, sampling, batch_size, lambda: bar.advance(task))
         by = sampler or type(pipe.scheduler).__name__
         made = f"{model}, {by}, {steps} steps, guidance {guidance_scale:g}, ρ = {tail_drop:g}, seeds {_range(seeds)}."
-        names = [f"class{labels[i]:04d}-seed{seeds[i]}" for i in seen.shown]
+        names = [(f"class{labels[i]:04d}-seed{seeds[i]}", f"seed {seeds[i]}") for i in seen.shown]
         drops = look.look_at_tail_drops(pipe, seen)
         sections = [report.Section("While sampling", "samples", made, seen, drops, names)]
         if chosen is not None:
@@ -110,7 +112,7 @@ def inspect(
             seen = look.look_at_latents(pipe, clean, classes_of, noise, times, batch_size, lambda: bar.advance(task))
             made = f"{model}, images of {images}, ρ = {tail_drop:g}, noise of seeds {_range(noise)}."
             drops = look.look_at_tail_drops(pipe, seen)
-            names = [str(i + 1) for i in seen.shown]
+            names = [(str(i + 1), f"image {listed.names[items[i]]}, noise of seed {noise[i]}") for i in seen.shown]
             sections.append(report.Section("On real images, noised", "images", made, seen, drops, names))
     where = machine(pipe.device)
     facts = {
@@ -127,7 +129,7 @@ def inspect(
         "tail_drop": tail_drop, "seed": seed, "batch_size": batch_size, "machine": where,
     }  # fmt: skip
     with working("drawing"), new_folder(out, force, keep=keep) as folder:
-        numbers = report.write(folder, pipe, f"What {Path(model).name or model} does", facts, sections, settings)
+        numbers = report.write(folder, pipe, f"What {model} does", facts, sections, settings)
     if as_json:
         print_json(numbers)
         return

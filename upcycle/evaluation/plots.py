@@ -219,7 +219,7 @@ def by_class(names: list[str], values: list[torch.Tensor], reference: tuple[floa
         axis.barh(row, tokens.mean(), color=ACCENT, alpha=0.35, height=0.7)
         axis.scatter(tokens, [row] * len(tokens), s=9, color=ACCENT, linewidths=0, zorder=3)
     axis.axvline(reference[0], color=MUTED, linestyle="--", label=f"{reference[1]}, {reference[0]:g}")
-    axis.set_yticks(range(len(names)), [name if len(name) < 19 else name[:17] + " …" for name in names])
+    axis.set_yticks(range(len(names)), [name if len(name) < 19 else name[:17].rstrip() + " …" for name in names])
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("tokens kept, mean over the steps")
     axis.spines[["top", "right"]].set_visible(False)

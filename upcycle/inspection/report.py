@@ -52,8 +52,8 @@ class Section:
     made: str
     seen: Seen
     drops: TailDrops
-    names: list[str]
-    """Of the samples with maps, for file names."""
+    names: list[tuple[str, str]]
+    """Of the samples with maps: for their files, and for people."""
 
 
 def write(
@@ -192,16 +192,16 @@ def _draw(
     def called(label: int) -> str:
         return f"class {label}" + (f" ({name})" if (name := classes.get(label)) not in (None, str(label)) else "")
 
-    for s, name in enumerate(section.names):
+    for s, (name, origin) in enumerate(section.names):
         i = seen.shown[s]
         first, last = (int(seen.mask[s, k].sum()) for k in (0, -1))
-        who = f"{called(seen.labels[i])}, {'seed' if sampling else 'noise of seed'} {seen.seeds[i]}"
+        who = f"{called(seen.labels[i])}, {origin}"
         path = picture(
             f"map-{name}",
             f"Grid of pictures of {who}: for {len(times)} timesteps from t = {times[0]} to {times[-1]} the noisy "
             f"image, the predicted clean one, the boundary probability and the positions kept; {first} tokens at "
             f"first, {last} at last.",
-            f"{who[0].upper() + who[1:]}{'' if sampling else f', image {name}'}. Each row is a timestep: the noisy "
+            f"{who[0].upper() + who[1:]}. Each row is a timestep: the noisy "
             "xₜ, the x₀ that the model predicts from it, the router’s boundary probability at each position, and in "
             "red the positions kept, on the predicted x₀.",
         )
@@ -216,11 +216,7 @@ def _draw(
         f"{most['tokens']:.1f}. Time of a step: {min(ms):.3g} to {max(ms):.3g} milliseconds an image.",
         f"Above: tokens kept at each timestep, the mean of {n['images']} images and from the least to the most of "
         "them. Below: measured time of a step an image"
-        + (
-            ", both halves of the guided batch and the sampler’s arithmetic included"
-            if sampling
-            else ", without guidance"
-        )
+        + (", with the sampler’s arithmetic and, if guided, both halves of the batch" if sampling else ", unguided")
         + (f"; mean of {count} batches, and the fastest and slowest." if count > 1 else "; one batch."),
     )
     plots.tokens_and_speed(seen.timesteps, seen.kept, 1000 * seen.seconds, n["positions"], reference, path)
@@ -247,7 +243,7 @@ def _draw(
         f"{', '.join(str(int(mask.sum())) for mask in drops.mask[-1])}.",
         f"What tail dropping takes away, {called(drops.label)}, seed {drops.seed}: the same xₜ, without guidance, at "
         "growing ρ. In red the positions kept, on the x₀ predicted with them; below it the change of the predicted "
-        "noise from that at ρ = 0, root mean square, as a share of it.",
+        "noise from that at ρ = 0, root mean square, as a share of it (at small t of a noise that is hardly there).",
     )
     plots.tail_drops(images(drops.x_0), drops.mask, drops.change, drops.tail_drops, drops.timesteps, path)
 
