@@ -121,8 +121,13 @@ def test_a_grid_keeps_what_it_keeps(pipeline_dir, tmp_path):
     assert seen.kept.shape == (3, 3)
     assert (seen.kept == 64).all()
     assert (seen.mask == (seen.probability > 0.5)).all()
-    drops = look_at_tail_drops(pipe, seen)
-    assert drops.mask[:, 0].equal(seen.mask[0, [0, 1, 2]])
+    natural = look_at_tail_drops(pipe, seen)
+    assert natural.mask[:, 0].equal(seen.mask[0, [0, 1, 2]])
+    pipe.transformer.set_tokens(40)
+    fixed = look_at_sampling(pipe, [0, 1, 2], [0, 1, 2], Sampling(3, 2.0), 2)
+    assert (fixed.kept == 40).all()
+    assert look_at_tail_drops(pipe, seen).mask.equal(natural.mask), "whatever the budget is"
+    assert pipe.transformer.tokens == 40
 
 
 def test_real_images_are_noised_as_the_schedule_says(student):
@@ -236,7 +241,8 @@ def test_force_replaces_a_report_and_nothing_else(inspected, student, tmp_path, 
     out = shutil.copytree(inspected[0], tmp_path / "out")
     given = ("inspect", student, "--classes", "0", "--num", "1", "--steps", "1", "--guidance-scale", "1", "-o", out)
     assert "--force" in failing(*given)
-    done = inside(*given, "--force")
+    done = inside(*given, "--force", "--tokens", "0:96,500:32")
+    assert json.loads((out / "report.json").read_text())["budget"] == "0:96,500:32 tokens"
     assert "report.html" in done.stdout
     assert (out / "samples-map-class0000-seed0.png").is_file()
     assert not (out / "samples-map-class0001-seed5.png").exists()

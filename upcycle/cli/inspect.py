@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,7 +34,20 @@ def inspect(
         Literal["ddim", "ddpm", "dpm-solver++", "unipc"] | None,
         typer.Option(help="ddpm is Meta's. Default: the pipeline's own."),
     ] = None,
-    tail_drop: Annotated[float, typer.Option(metavar="ρ", help="Share of the kept tokens to drop, 0 to 1.")] = 0.0,
+    tail_drop: Annotated[
+        str | None,
+        typer.Option(metavar="ρ|t:ρ,...", help="Share of the kept tokens to drop, 0 to 1. Default: the export's own."),
+    ] = None,
+    uncond_tail_drop: Annotated[
+        str | None, typer.Option(metavar="ρ|t:ρ,...", help="Of the unconditional half, Lite-CFG. Default: as above.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="M|t:M,...", help="Keep M tokens of every sample instead.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE|nT", help="Instead: 0.6 of the teacher's cost, or 40T, TFLOPs an image."),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -54,8 +67,11 @@ def inspect(
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
 ) -> None:
     """See what a student does: which tokens it keeps at each step, whether that follows the detail, and its speed."""
-    if not 0 <= tail_drop < 1:
-        raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
+    from upcycle.sampling import budget as budgets
+
+    asked = budgets.parse(
+        {"--tail-drop": tail_drop, "--uncond-tail-drop": uncond_tail_drop, "--tokens": tokens, "--budget": budget}
+    )
     if not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
     times = _timesteps(timesteps)
@@ -91,7 +107,7 @@ def inspect(
         chosen = real.choose(pipe, images, labels if classes is not None else None, num) if images else None
         if sampler is not None:
             set_sampler(pipe, sampler)
-        pipe.transformer.set_tail_drop(tail_drop)
+        budgets.put_on(pipe.transformer, asked, steps, guidance_scale > 1)
         to_device(pipe, device)
     labels = [label for label in labels for _ in range(num)]
     seeds = [seed + i for i in range(len(labels))]
@@ -99,8 +115,8 @@ def inspect(
         task = bar.add_task("sampling", total=len(look.batches(len(labels), batch_size)) * steps)
         sampling = Sampling(steps, guidance_scale)
         seen = look.look_at_sampling(pipe, labels, seeds, sampling, batch_size, lambda: bar.advance(task))
-        by = sampler or type(pipe.scheduler).__name__
-        made = f"{model}, {by}, {steps} steps, guidance {guidance_scale:g}, ρ = {tail_drop:g}, seeds {_range(seeds)}."
+        by, spends = sampler or type(pipe.scheduler).__name__, _spends(pipe.transformer)
+        made = f"{model}, {by}, {steps} steps, guidance {guidance_scale:g}, {spends}, seeds {_range(seeds)}."
         names = [(f"class{labels[i]:04d}-seed{seeds[i]}", f"seed {seeds[i]}") for i in seen.shown]
         drops = look.look_at_tail_drops(pipe, seen)
         sections = [report.Section("While sampling", "samples", made, seen, drops, names)]
@@ -110,7 +126,7 @@ def inspect(
             clean = real.read(pipe, listed, items)
             noise = [seed + i for i in range(len(items))]
             seen = look.look_at_latents(pipe, clean, classes_of, noise, times, batch_size, lambda: bar.advance(task))
-            made = f"{model}, images of {images}, ρ = {tail_drop:g}, noise of seeds {_range(noise)}."
+            made = f"{model}, images of {images}, {spends}, noise of seeds {_range(noise)}."
             drops = look.look_at_tail_drops(pipe, seen)
             names = [(str(i + 1), f"image {listed.names[items[i]]}, noise of seed {noise[i]}") for i in seen.shown]
             sections.append(report.Section("On real images, noised", "images", made, seen, drops, names))
@@ -118,7 +134,7 @@ def inspect(
     facts = {
         "model": model,
         "sampler": f"{by}, {steps} steps, guidance {guidance_scale:g}",
-        "tail drop": f"ρ = {tail_drop:g}",
+        "budget": spends,
         "samples": f"{num} of each of {len(labels) // num} classes, seeds {_range(seeds)}",
         "batches": f"of at most {batch_size} images; times are of such batches",
         "machine": where,
@@ -126,7 +142,7 @@ def inspect(
     }
     settings = {
         "model": model, "sampler": by, "sampling_steps": steps, "guidance_scale": guidance_scale,
-        "tail_drop": tail_drop, "seed": seed, "batch_size": batch_size, "machine": where,
+        "budget": spends, "seed": seed, "batch_size": batch_size, "machine": where,
     }  # fmt: skip
     with working("drawing"), new_folder(out, force, keep=keep) as folder:
         numbers = report.write(folder, pipe, f"What {model} does", facts, sections, settings)
@@ -142,6 +158,16 @@ def inspect(
     if n["detail_correlation"] == n["detail_correlation"]:
         stdout.print(f"boundary probability and detail: Spearman's correlation {n['detail_correlation']:.2f}")
     stdout.print(str(out / "report.html"), style="bold")
+
+
+def _spends(student: Any) -> str:
+    """The budget that a student has, for people."""
+    from upcycle.sampling.budget import told
+
+    if student.tokens is not None:
+        return f"{told(student.tokens)} tokens"
+    uncond = student.uncond_tail_drop
+    return f"ρ = {told(student.tail_drop)}" + (f", {told(uncond)} unconditional" if uncond is not None else "")
 
 
 def _timesteps(text: str) -> list[int]:

@@ -181,24 +181,28 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def look_at_tail_drops(pipe: DiTPipeline, seen: Seen, count: int = 4) -> TailDrops:
-    """Ask the model about the first of the samples with maps again, at a few of its timesteps, with `TAIL_DROPS`."""
-    at, sample = _spread(len(seen.shown_at), count), seen.shown[0]
+    """Ask the model about the first of the samples with maps again, at a few of its timesteps, with `TAIL_DROPS`
+    whatever its budget is."""
+    model, sample = pipe.transformer, seen.shown[0]
+    at = _spread(len(seen.shown_at), count)
     label = torch.tensor([seen.labels[sample]], device=pipe.device)
     times = [seen.timesteps[seen.shown_at[k]] for k in at]
     x_0, masks, change = [], [], []
+    model.tokens, tokens = None, model.tokens
     for k, t in zip(at, times, strict=True):
         x = seen.x_t[:1, k].to(pipe.device)
         alpha_bar = pipe.scheduler.alphas_cumprod[t].to(pipe.device)
         first: torch.Tensor | None = None
         for tail_drop in TAIL_DROPS:
-            answer = pipe.transformer(x.to(pipe.transformer.dtype), label.new_tensor([t]), label, tail_drop=tail_drop)
+            answer = model(x.to(model.dtype), label.new_tensor([t]), label, tail_drop=tail_drop)
             epsilon = answer.sample[:, : x.shape[1]].float()
             first = epsilon if first is None else first
             x_0.append(((x - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt())[0].cpu())
             masks.append(answer.routing.mask[0].unflatten(0, x.shape[-2:]).cpu())
             change.append(((epsilon - first).square().mean() / first.square().mean()).sqrt().cpu())
+    model.tokens = tokens
     shape = (len(at), len(TAIL_DROPS))
-    x_0, masks, change = (torch.stack(list_).unflatten(0, shape) for list_ in (x_0, masks, change))
+    x_0, masks, change = (torch.stack(tensors).unflatten(0, shape) for tensors in (x_0, masks, change))
     return TailDrops(TAIL_DROPS, times, seen.labels[sample], seen.seeds[sample], x_0, masks, change)
 
 
