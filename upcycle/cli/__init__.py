@@ -16,6 +16,7 @@ from upcycle.cli import (
     export,
     finetune,
     info,
+    inspect,
     push_to_hub,
     recipes,
     sample,
@@ -38,6 +39,7 @@ app.command("synthesize", epilog=synthesize.EPILOG)(synthesize.synthesize)
 app.command("finetune", epilog=finetune.EPILOG)(finetune.finetune)
 app.add_typer(recipes.app, name="recipes")
 app.command("sample", epilog=sample.EPILOG)(sample.sample)
+app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("bench", epilog=bench.EPILOG)(bench.bench)
 app.command("info", epilog=info.EPILOG)(info.info)

@@ -80,7 +80,7 @@ def encode(
     writer.save_index()
     pool = ThreadPoolExecutor(workers)
     try:
-        read = _read_ahead(pool, spans, lambda item: _read(images, item, size, channels))
+        read = _read_ahead(pool, spans, lambda item: read_pixels(images, item, size, channels))
         for number, batches in groupby(read, key=lambda batch: batch[0]):
             parts: list[dict[str, torch.Tensor]] = []
             skipped: list[tuple[str, str]] = []
@@ -125,7 +125,7 @@ def _joined(parts: list[dict[str, torch.Tensor]], tensors: dict[str, Any]) -> di
     return {name: torch.cat([part[name] for part in (empty, *parts)]) for name in tensors}
 
 
-def _read(images: Images, item: int, size: int, channels: int) -> torch.Tensor | str:
+def read_pixels(images: Images, item: int, size: int, channels: int) -> torch.Tensor | str:
     """Pixels uint8 [c, size, size] of an image, or why there are none."""
     try:
         with images.open(item) as image:
