@@ -19,6 +19,7 @@ ADAPTER = r"ddit\.(json|safetensors|py)|upcycle\.json|README\.md|images"
 WITH_ADAPTER = rf"{EXPORT}|ddit|LICENSE.*|(text|image)_encoder(_\d)?|tokenizer(_\d)?|transformer_2|feature_extractor"
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
 SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|prompt\d+-seed\d+\.(png|gif)|patches\.(json|png)"
+COMPARISON = r"compare\.(png|json)"
 
 # How libraries say it that hide the error number; the last two are torch.save's.
 DISK_FULL = ("No space left", "File too large", "Disk quota exceeded", "unexpected pos", "iostream error")
@@ -85,6 +86,8 @@ def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, .
         ours = DEMO
     elif "samples.png" in names:
         ours = SAMPLES
+    elif "compare.json" in names:
+        ours = COMPARISON
     else:
         raise UpcycleError(
             f"{out} does not look like an output of upcycle, so --force will not replace it; choose another with -o"
