@@ -6,7 +6,7 @@ A student is a `ChunkedDiT`, or a DiT with an adapter for coarser patches (`upcy
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.flops import grid_tokens, step_flops
+from upcycle.evaluation.flops import grid_tokens, step_flops, step_sizes
 from upcycle.sampling.pipeline import class_count
 from upcycle.sampling.sampler import Sampling, decode, sample, steps
 
@@ -41,14 +41,16 @@ class Variant:
         return ", ".join(parts)
 
     def begin(self) -> None:
-        """Set the model up; variants share models."""
+        """Set the model up, because variants share models; an export's own default budget is not in force."""
         if self.tail_drop is not None:
+            self.pipe.transformer.set_tokens(None)
+            self.pipe.transformer.set_lite_cfg(None)
             self.pipe.transformer.set_tail_drop(self.tail_drop)
 
 
 @dataclass
 class Drawn:
-    """Clean latents [n, C, H, W] in the model's scale on the CPU, and means over the images: ``flops`` of the denoising,
+    """Clean latents [n, C, H, W] in the model's scale on the CPU, and means over the images: ``flops`` of denoising,
     ``tokens`` of the conditional half over the steps that asked the model, ``asked`` steps."""
 
     latents: torch.Tensor
@@ -103,9 +105,7 @@ def _tokens(model: Any, step: Any) -> float:
     if step.routing is not None:
         return step.routing.mask[: len(step.asked)].sum().item()
     if hasattr(model, "ddit") and step.asked:
-        size = model.schedule.log[-1]["m"]
-        sizes = size if isinstance(size, list) else [size] * len(step.asked)
-        return sum(grid_tokens(model.config, m) for m in sizes)
+        return sum(grid_tokens(model.config, m) for m in step_sizes(model, step))
     return len(step.asked) * grid_tokens(model.config)
 
 

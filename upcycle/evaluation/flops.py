@@ -139,6 +139,14 @@ def ddit_flops(c: Mapping[str, Any], m: int, adapter: Any) -> float:
     return base + lora + (4 * P * c["in_channels"] * side**2 if adapter.residual else 0)
 
 
+def step_sizes(model: Any, step: Any) -> list[int]:
+    """The factor of every asked sample of a `Step` with a model that has an adapter for coarser patches, just made."""
+    schedule = model.schedule
+    decides = schedule.threshold is not None or schedule.fixed is not None
+    size = schedule.log[-1]["m"] if decides else 1
+    return size if isinstance(size, list) else [size] * len(step.asked)
+
+
 def step_flops(model: Any, step: Any) -> float:
     """A `Step` of the sampling loop with ``model``, of all its samples and their unconditional twins; 0 where held.
 
@@ -150,7 +158,5 @@ def step_flops(model: Any, step: Any) -> float:
     if step.routing is not None:
         return sum(sum(chunked_dit_flops(model.config, kept).values()) for kept in step.routing.mask.sum(1).tolist())
     if hasattr(model, "ddit"):
-        size = model.schedule.log[-1]["m"]
-        sizes = size if isinstance(size, list) else [size] * len(step.asked)
-        return copies * sum(ddit_flops(model.config, m, model.ddit) for m in sizes)
+        return copies * sum(ddit_flops(model.config, m, model.ddit) for m in step_sizes(model, step))
     return copies * len(step.asked) * dit_flops(model.config)
