@@ -20,6 +20,7 @@ WITH_ADAPTER = rf"{EXPORT}|ddit|LICENSE.*|(text|image)_encoder(_\d)?|tokenizer(_
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
 SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|prompt\d+-seed\d+\.(png|gif)|patches\.(json|png)"
 INSPECTION = r"report\.(html|json)|(samples|images)-(map-.+|tokens|detail|tail-drop|classes)\.png"
+COMPARISON = r"compare\.(png|json)"
 
 # How libraries say it that hide the error number; the last two are torch.save's.
 DISK_FULL = ("No space left", "File too large", "Disk quota exceeded", "unexpected pos", "iostream error")
@@ -88,6 +89,8 @@ def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, .
         ours = SAMPLES
     elif "report.html" in names:
         ours = INSPECTION
+    elif "compare.json" in names:
+        ours = COMPARISON
     else:
         raise UpcycleError(
             f"{out} does not look like an output of upcycle, so --force will not replace it; choose another with -o"

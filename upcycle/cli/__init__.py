@@ -10,6 +10,7 @@ import typer
 from upcycle.cli import (
     bench,
     calibrate,
+    compare,
     convert,
     demo,
     encode,
@@ -41,6 +42,7 @@ app.add_typer(recipes.app, name="recipes")
 app.command("sample", epilog=sample.EPILOG)(sample.sample)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("bench", epilog=bench.EPILOG)(bench.bench)
 app.command("info", epilog=info.EPILOG)(info.info)
 app.command("push-to-hub", epilog=push_to_hub.EPILOG)(push_to_hub.push_to_hub)

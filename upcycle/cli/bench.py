@@ -67,7 +67,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Time teacher and student in turn: runs, FLOPs, the share of their speed-up that is real, memory, parts."""
-    drops, budgets = _parse_drops(tail_drop), _parse_tokens(tokens)
+    drops, budgets = parse_drops(tail_drop), _parse_tokens(tokens)
     factors = list(parse_patches(patches)) if patches is not None else []
     counts = {"--batch": batch, "--steps": steps, "--repeats": repeats, "--size": size, "--layers": layers}
     for name, value in counts.items():
@@ -146,7 +146,7 @@ def bench(
     _show(report)
 
 
-def _parse_drops(text: str) -> tuple[float, ...]:
+def parse_drops(text: str) -> tuple[float, ...]:
     try:
         drops = tuple(float(part) for part in text.split(","))
     except ValueError:

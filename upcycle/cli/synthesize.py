@@ -84,7 +84,6 @@ def synthesize(
         from upcycle.sampling.pipeline import class_count, load_pipeline
         from upcycle.sampling.prompts import find
         from upcycle.sources import hub
-        from upcycle.training.digits import TEACHER
 
         check_latents_folder(out)
         text = None if teacher == "digits" else find(teacher, revision, wanted=prompts is not None)
@@ -108,7 +107,7 @@ def synthesize(
     with working(f"loading {teacher}"):
         if not local and hub.is_hub_id(teacher):
             _, revision = hub.fetch(teacher, revision=revision, variant=None)  # the commit, for the index
-        pipe = synthesis.with_ddim(load_pipeline(str(TEACHER) if teacher == "digits" else teacher, revision))
+        pipe = synthesis.with_ddim(load_pipeline(teacher, revision))
         number = class_count(pipe)
         labels = list(range(number)) if classes is None else parse_classes(classes, pipe.labels, number)
         settings: dict[str, Any] = {

@@ -4,10 +4,9 @@ A student is a `ChunkedDiT`, or a DiT with an adapter for coarser patches (`upcy
 """
 
 import functools
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,16 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, embedder_flops, gate_share
+from upcycle.evaluation.flops import (
+    chunked_dit_flops,
+    ddit_flops,
+    dit_flops,
+    embedder_flops,
+    gate_share,
+    grid_tokens,
+)
 from upcycle.models.chunked_dit import ChunkedDiT
-from upcycle.models.ddit import DDiTConfig, PatchSwitching
+from upcycle.models.ddit import PatchSwitching
 
 PARTS = ("encode", "route", "chunk", "embed_tokens", "run_blocks", "head", "dechunk", "decode")
 """Methods of a lean `ChunkedDiT` that are timed one by one; what is left is the embedders."""
@@ -194,36 +200,13 @@ def _inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise [batch, C, H, W] from a fixed seed, and labels, twice with the null class where guided."""
     c = variant.model.config
-    classes = _config(c)["num_classes"]
+    classes = c["num_classes"] if "num_classes" in c else c["num_embeds_ada_norm"]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, c.in_channels, c.sample_size, c.sample_size, generator=generator)
     labels = torch.arange(batch) * 7 % classes
     if variant.guided:
         labels = torch.cat([labels, torch.full((batch,), classes)])
     return x.to(device, dtype), labels.to(device)
-
-
-def _config(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Of either class, with the classes under one name."""
-    return {**c, "num_classes": c["num_classes"] if "num_classes" in c else c["num_embeds_ada_norm"]}
-
-
-def grid_tokens(c: Mapping[str, Any], m: int) -> int:
-    """Tokens of a DiT at the factor ``m``; a last patch that is not whole is padded."""
-    return (-(-c["sample_size"] // (m * c["patch_size"]))) ** 2
-
-
-def ddit_flops(c: Mapping[str, Any], m: int, adapter: DDiTConfig) -> float:
-    """One forward of one sample of a DiT with an adapter: a DiT of larger patches, and at m > 1 the switch-LoRA of both
-    feed-forward layers and the residual."""
-    P, tokens = m * c["patch_size"], grid_tokens(c, m)
-    side = P * math.isqrt(tokens)
-    base = dit_flops({**_config(c), "patch_size": P, "sample_size": side})
-    if m == 1:
-        return base
-    width = c["num_attention_heads"] * c["attention_head_dim"]
-    lora = 2 * adapter.rank * 2 * (width + 4 * width) * tokens * c["num_layers"]
-    return base + lora + (4 * P * c["in_channels"] * side**2 if adapter.residual else 0)
 
 
 def _flops(variant: Variant, tokens: float, share: float = 1.0) -> float:
@@ -235,7 +218,7 @@ def _flops(variant: Variant, tokens: float, share: float = 1.0) -> float:
         sizes = [m for m, _ in variant.schedule] or [variant.patches]
         m = next(m for m in sizes if grid_tokens(c, m) == tokens)
         return ddit_flops(c, m, variant.model.ddit)
-    return dit_flops(_config(c))
+    return dit_flops(c)
 
 
 def _run(variant: Variant, settings: Settings, device: torch.device, dtype: torch.dtype) -> float:

@@ -4,6 +4,7 @@ lengths, H * M^2 * (4 d_h + 3) per sample (DC-DiT, "FLOPs accounting"; their cod
 Everything is per sample and per forward; an image costs the sum over its sampling steps (the papers: 250, unguided).
 """
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -164,3 +165,47 @@ def student_flops_by_tail_drop(config: Mapping[str, Any], steps: int = PAPER_STE
     unguided, over ``steps``."""
     kept = tokens_at_ratio(config)
     return {f"{rho:g}": steps * sum(chunked_dit_flops(config, kept - int(kept * rho)).values()) for rho in TAIL_DROPS}
+
+
+def grid_tokens(c: Mapping[str, Any], m: int = 1) -> int:
+    """Tokens of a DiT at the factor ``m``; a last patch that is not whole is padded."""
+    return (-(-c["sample_size"] // (m * c["patch_size"]))) ** 2
+
+
+def ddit_flops(c: Mapping[str, Any], m: int, adapter: Any) -> float:
+    """One forward of one sample of a DiT with an adapter (a `DDiTConfig`): a DiT of larger patches, and at m > 1 the
+    switch-LoRA of both feed-forward layers and the residual."""
+    P, tokens = m * c["patch_size"], grid_tokens(c, m)
+    side = P * math.isqrt(tokens)
+    base = dit_flops({**c, "patch_size": P, "sample_size": side})
+    if m == 1:
+        return base
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    lora = 2 * adapter.rank * 2 * (width + 4 * width) * tokens * c["num_layers"]
+    return base + lora + (4 * P * c["in_channels"] * side**2 if adapter.residual else 0)
+
+
+def step_sizes(model: Any, step: Any) -> list[int]:
+    """The factor of every asked sample of a `Step` with a model that has an adapter for coarser patches, just made."""
+    schedule = model.schedule
+    decides = schedule.threshold is not None or schedule.fixed is not None
+    size = schedule.log[-1]["m"] if decides else 1
+    return size if isinstance(size, list) else [size] * len(step.asked)
+
+
+def step_flops(model: Any, step: Any) -> float:
+    """A `Step` of the sampling loop with ``model``, of all its samples and their unconditional twins; 0 where held.
+
+    Of an adapter's schedule it reads what the last call took, so count before the next step is made.
+    """
+    copies = 2 if step.guided else 1
+    if not step.asked:
+        return 0.0
+    if step.routing is not None:
+        kept = step.routing.mask.sum(1)
+        shares = gate_share(model.config, step.gates, kept)
+        rows = zip(kept.tolist(), shares.tolist(), strict=True)
+        return sum(sum(chunked_dit_flops(model.config, tokens, share).values()) for tokens, share in rows)
+    if hasattr(model, "ddit"):
+        return copies * sum(ddit_flops(model.config, m, model.ddit) for m in step_sizes(model, step))
+    return copies * len(step.asked) * dit_flops(model.config)

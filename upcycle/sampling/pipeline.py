@@ -25,7 +25,7 @@ SCHEDULERS = {
 
 
 def load_pipeline(spec: str, revision: str | None = None, base: str | None = None) -> DiTPipeline:
-    """A pipeline folder, an export, or a Hub id -> `DiTPipeline` in fp32, in eval mode.
+    """A pipeline folder, an export, a Hub id, or ``digits``, the shipped teacher -> `DiTPipeline` in fp32, eval mode.
 
     A DDiT adapter beside a pipeline is put on it; an adapter alone on the pipeline ``base``, by default the one that it
     was made from. Code that lies beside the weights is not run: the classes of this package are used for what it
@@ -34,7 +34,7 @@ def load_pipeline(spec: str, revision: str | None = None, base: str | None = Non
     Raises:
         UpcycleError: nothing there, no pipeline, or a component that is not known.
     """
-    folder = Path(spec)
+    folder = TEACHER if spec == "digits" else Path(spec)
     adapter = adapter_folder(folder) if folder.is_dir() else None
     if not folder.exists() and hub.is_hub_id(spec):
         adapter = hub.fetch_adapter(spec, revision)
@@ -45,8 +45,8 @@ def load_pipeline(spec: str, revision: str | None = None, base: str | None = Non
             raise UpcycleError(f"{spec} is an adapter that does not say of which model; give that with --base")
         if not base and theirs != "digits" and not Path(theirs).exists() and not hub.is_hub_id(theirs):
             raise UpcycleError(f"{spec} is an adapter for {theirs}, which is not there; give its base with --base")
-        commit = None if base or Path(theirs).exists() else config.base_revision
-        pipe = load_pipeline(str(TEACHER) if theirs == "digits" else theirs, commit)
+        commit = None if base or theirs == "digits" or Path(theirs).exists() else config.base_revision
+        pipe = load_pipeline(theirs, commit)
         put_on(pipe, adapter, spec)
         return pipe
     if base is not None:
