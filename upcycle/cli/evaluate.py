@@ -269,11 +269,12 @@ def _teacher_of(spec: str, pipe: Any) -> str:
 
 
 def _table(shown: list[dict[str, Any]]) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from upcycle.cli.show import count
 
-    table = Table(pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("model", "ρ", "steps", "FID", "sFID", "KID", "IS", "prec.", "recall", "FLOPs", "s"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=name != "model", overflow="fold")
 
@@ -298,6 +299,4 @@ def _settings(row: dict[str, Any]) -> str:
     told[-1:] = [told[-1] + channels] if told else ["how they were drawn is not said"]
     seed = "" if row["seed"] is None else f", seed {row['seed']}"
     of = f"{row['reference']} ({row['reference_num'] or 'statistics'}, sha256 {row['reference_sha256'][:12]})"
-    return (
-        f"{', '.join(told)}{seed}, n = {row['num']}; features {row['features']}; reference {of}; FLOPs and s an image"
-    )
+    return f"{', '.join(told)}{seed}, n = {row['num']}; features {row['features']}\nreference {of}"
