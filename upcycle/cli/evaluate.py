@@ -282,9 +282,9 @@ def _table(shown: list[dict[str, Any]]) -> Any:
         return "–" if value is None else f"{value:{form}}"
 
     for row in shown:
-        flops = row["flops_per_image"]
+        model, flops = "/".join(Path(row["model"]).parts[-2:]), row["flops_per_image"]
         table.add_row(
-            row["model"], number(row["tail_drop"], "g"), number(row["steps"], "d"), number(row["fid"], ".2f"),
+            model, number(row["tail_drop"], "g"), number(row["steps"], "d"), number(row["fid"], ".2f"),
             number(row["sfid"], ".2f"), number(row["kid"], ".3g"), number(row["inception_score"], ".2f"),
             number(row["precision"], ".3f"), number(row["recall"], ".3f"),
             "–" if flops is None else count(flops).replace(" ", ""), number(row["seconds_per_image"], ".3g"),

@@ -52,8 +52,8 @@ def reference_of(
         on_images(images.count)
     else:
         features = features_of(extractor, images, batch_size, on_images)
-        found = {**_statistics(features["features"]), "features": features["features"].numpy()}
-        found |= {f"{name}_s": value for name, value in _statistics(features["spatial"]).items()}
+        found = {**statistics(features["features"]), "features": features["features"].numpy()}
+        found |= {f"{name}_s": value for name, value in statistics(features["spatial"]).items()}
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_name(f".{cache.name}.partial")
         save_file(found, partial)
@@ -63,7 +63,8 @@ def reference_of(
     return found
 
 
-def _statistics(features: torch.Tensor) -> dict[str, np.ndarray]:
+def statistics(features: torch.Tensor) -> dict[str, np.ndarray]:
+    """Mean ``mu`` [d] and covariance ``sigma`` [d, d] of features [n, d]; raises `UpcycleError` for a single image."""
     if len(features) < 2:
         raise UpcycleError("one image has no covariance to compare; give more images")
     return fid_features_to_statistics(features)
@@ -93,8 +94,8 @@ def measure(features: Features, reference: Reference) -> dict[str, Any]:
             )
     isc = isc_features_to_metric(features["logits"], min(SPLITS, len(features["logits"])))
     found: dict[str, Any] = {
-        "fid": frechet(_statistics(features["features"]), reference),
-        "sfid": frechet(_statistics(features["spatial"]), spatial) if spatial else None,
+        "fid": frechet(statistics(features["features"]), reference),
+        "sfid": frechet(statistics(features["spatial"]), spatial) if spatial else None,
         "inception_score": isc[KEY_METRIC_ISC_MEAN],
         "inception_score_std": isc[KEY_METRIC_ISC_STD],
     }
