@@ -28,7 +28,7 @@ from upcycle.training.digits import TEACHER, load_digits
 DDIM = ("--features", "digits", "--sampler", "ddim", "--batch-size", 100)
 HOW = {
     "model": "digits", "model_sha256": "-", "sampler": "ddim", "steps": 3, "guidance_scale": 1.0,
-    "guidance_channels": None, "tail_drop": 0.0, "seed": 0, "dtype": "fp32",
+    "guidance_channels": None, "tail_drop": 0.0, "uncond_tail_drop": None, "tokens": None, "seed": 0, "dtype": "fp32",
 }  # fmt: skip
 
 

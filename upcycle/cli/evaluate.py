@@ -56,7 +56,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Channels that are guided; Meta's code guides 3. Default: all.")
     ] = None,
     tail_drop: Annotated[
-        float | None, typer.Option(metavar="ρ", help="Share of the kept tokens to drop. Default: 0.")
+        float | None, typer.Option(metavar="ρ", help="Share of the kept tokens to drop. Default: the export's own.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: 0.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the model's arithmetic. Default: fp32.")] = None,
@@ -128,7 +128,7 @@ def evaluate(
             how: dict[str, Any] = {
                 "model": judged, "sampler": sampler or SAMPLER, "steps": steps or STEPS,
                 "guidance_scale": GUIDANCE if guidance_scale is None else guidance_scale,
-                "guidance_channels": guidance_channels, "tail_drop": tail_drop or 0.0, "seed": seed or 0,
+                "guidance_channels": guidance_channels, "tail_drop": tail_drop, "seed": seed or 0,
                 "dtype": dtype or "fp32",
             }  # fmt: skip
             pipe = to_device(_load(judged, revision, how), device)
@@ -149,7 +149,7 @@ def evaluate(
     if drops:
         with working("loading the teacher"):
             spec = teacher or _teacher_of(judged, pipe)
-            pipes.append((spec, to_device(_load(spec, None, {**how, "tail_drop": 0.0}), device)))
+            pipes.append((spec, to_device(_load(spec, None, {**how, "tail_drop": None}), device)))
             rows.check_sizes(f"--teacher {spec}", rows.image_size(pipes[1][1]), features, compared)
     with progress("images") as bar, enough_memory(batch_size):
         task = bar.add_task(f"features of {reference}", total=compared.count)
@@ -163,7 +163,8 @@ def evaluate(
         def drawn(which: int, **changes: Any) -> dict[str, Any]:
             spec, model = pipes[which]
             told = {**how, "model": spec, **changes}
-            drawing = bar.add_task(f"sampling {spec} ρ={told['tail_drop']:g}, {told['steps']} steps", total=len(chosen))
+            text = f"sampling {'/'.join(Path(spec).parts[-2:])}, " + ", ".join(f"{k} {v}" for k, v in changes.items())
+            drawing = bar.add_task(text.rstrip(", "), total=len(chosen))
             looking = bar.add_task("features", total=len(chosen))
             row = rows.evaluate_model(
                 model, by, told, len(chosen), cache, batch_size,
@@ -176,9 +177,9 @@ def evaluate(
         try:
             if drops:
                 made = [drawn(0, tail_drop=rho) for rho in drops]
-                theirs = [drawn(1, tail_drop=0.0)]
+                theirs = [drawn(1, tail_drop=None)]
                 fewer = matched_steps(how["steps"], theirs[0]["flops_per_image"], made)
-                theirs += [drawn(1, tail_drop=0.0, steps=count) for count in fewer]
+                theirs += [drawn(1, steps=count, tail_drop=None) for count in fewer]
             elif is_model:
                 made, theirs = [drawn(0)], []
             else:
@@ -282,12 +283,13 @@ def _table(shown: list[dict[str, Any]]) -> Any:
         return "–" if value is None else f"{value:{form}}"
 
     for row in shown:
-        model, flops = "/".join(Path(row["model"]).parts[-2:]), row["flops_per_image"]
+        model, flops, tail = "/".join(Path(row["model"]).parts[-2:]), row["flops_per_image"], row["tail_drop"]
+        tail = tail if isinstance(tail, str) else number(tail, "g")  # a schedule is words
         table.add_row(
-            model, number(row["tail_drop"], "g"), number(row["steps"], "d"), number(row["fid"], ".2f"),
-            number(row["sfid"], ".2f"), number(row["kid"], ".3g"), number(row["inception_score"], ".2f"),
-            number(row["precision"], ".3f"), number(row["recall"], ".3f"),
-            "–" if flops is None else count(flops).replace(" ", ""), number(row["seconds_per_image"], ".3g"),
+            model, tail, number(row["steps"], "d"), number(row["fid"], ".2f"), number(row["sfid"], ".2f"),
+            number(row["kid"], ".3g"), number(row["inception_score"], ".2f"), number(row["precision"], ".3f"),
+            number(row["recall"], ".3f"), "–" if flops is None else count(flops).replace(" ", ""),
+            number(row["seconds_per_image"], ".3g"),
         )  # fmt: skip
     return table
 
@@ -297,6 +299,7 @@ def _settings(row: dict[str, Any]) -> str:
     told = [f"{name.replace('_', ' ')} {row[name]}" for name in ("sampler", "steps", "guidance_scale") if row[name]]
     channels = f" of {row['guidance_channels']} channels" if row["guidance_channels"] else ""
     told[-1:] = [told[-1] + channels] if told else ["how they were drawn is not said"]
-    seed = "" if row["seed"] is None else f", seed {row['seed']}"
+    rest = [name for name in ("uncond_tail_drop", "tokens", "seed") if row[name] is not None]
+    told += [f"{name.replace('_', ' ')} {row[name]}" for name in rest]
     of = f"{row['reference']} ({row['reference_num'] or 'statistics'}, sha256 {row['reference_sha256'][:12]})"
-    return f"{', '.join(told)}{seed}, n = {row['num']}; features {row['features']}\nreference {of}"
+    return f"{', '.join(told)}, n = {row['num']}; features {row['features']}\nreference {of}"

@@ -15,7 +15,7 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation.features import check_size, weights_sha256
 from upcycle.evaluation.images import ImageSet, open_set
 from upcycle.evaluation.metrics import Reference, features_of, measure, reference_of
-from upcycle.evaluation.samples import HOW, cost, draw_samples, read_record
+from upcycle.evaluation.samples import HOW, budget_of, cost, draw_samples, read_record
 from upcycle.evaluation.speed import machine
 from upcycle.latents.vae import weights_hash
 from upcycle.models.chunked_dit import ChunkedDiT
@@ -150,9 +150,14 @@ def evaluate_model(
     on_samples: Callable[[float], None] = lambda count: None,
     on_images: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Draw ``num`` samples as ``how`` says (`HOW` and ``model``) into a folder in ``cache``, and measure them."""
-    student = isinstance(pipe.transformer, ChunkedDiT)
-    how = {**how, "tail_drop": how["tail_drop"] if student else 0.0}
+    """Draw ``num`` samples as ``how`` says (`HOW` and ``model``) into a folder in ``cache``, and measure them.
+
+    A ``tail_drop`` of None leaves a student its own budgets.
+    """
+    if how["tail_drop"] is not None and isinstance(pipe.transformer, ChunkedDiT):
+        pipe.transformer.set_tokens(None)
+        pipe.transformer.set_tail_drop(how["tail_drop"])
+    how = {**how, **budget_of(pipe.transformer)}
     set_sampler(pipe, how["sampler"])
     how["model_sha256"] = weights_hash({**pipe.transformer.state_dict(), **pipe.vae.state_dict()})
     told = to_json({name: how[name] for name in (*HOW, "model_sha256")})

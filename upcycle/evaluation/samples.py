@@ -18,11 +18,13 @@ from upcycle.evaluation.images import to_uint8
 from upcycle.latents.synthesize import label_and_seed
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import to_json, write_text
+from upcycle.sampling.budget import told
 from upcycle.sampling.pipeline import class_count
 from upcycle.sampling.sampler import Sampling, decode, sample
 
 RECORD = "samples.json"
-HOW = ("sampler", "steps", "guidance_scale", "guidance_channels", "tail_drop", "seed", "dtype")
+BUDGET = ("tail_drop", "uncond_tail_drop", "tokens")
+HOW = ("sampler", "steps", "guidance_scale", "guidance_channels", *BUDGET, "seed", "dtype")
 """What a record says about how samples were drawn; ``model`` and ``model_sha256`` say of what."""
 
 
@@ -36,6 +38,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UpcycleError(f"{folder / RECORD} is damaged ({error!r}); delete {folder} and draw again") from error
     return record
+
+
+def budget_of(model: Any) -> dict[str, float | str | None]:
+    """The budgets (`BUDGET`) that a model follows, as numbers or as the words of `upcycle.sampling.budget`."""
+    if not isinstance(model, ChunkedDiT):
+        return {**dict.fromkeys(BUDGET), "tail_drop": 0.0}
+    values = {name: getattr(model, name) for name in BUDGET}
+    return {name: x if x is None or isinstance(x, int | float) else told(x) for name, x in values.items()}
 
 
 def draw_samples(
@@ -52,7 +62,7 @@ def draw_samples(
     interruption loses one batch.
 
     Args:
-        pipe: with its sampler set (`upcycle.sampling.sampler.set_sampler`).
+        pipe: with its sampler (`upcycle.sampling.sampler.set_sampler`) and its budgets set.
         how: `HOW`, ``model`` and ``model_sha256``.
         on_images: called after every call of the model with the share of samples that this was.
 
@@ -64,8 +74,6 @@ def draw_samples(
         raise UpcycleError(f"{folder} holds samples with another {differ[0]}; delete it, or choose another --cache")
     folder.mkdir(parents=True, exist_ok=True)
     settings = Sampling(how["steps"], how["guidance_scale"], how["guidance_channels"])
-    if isinstance(pipe.transformer, ChunkedDiT):
-        pipe.transformer.set_tail_drop(how["tail_drop"])
     classes = list(range(class_count(pipe)))
     amp = torch.bfloat16 if how["dtype"] == "bf16" else torch.float16
     on_images(min(record["done"], num))
