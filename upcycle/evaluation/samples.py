@@ -22,7 +22,7 @@ from upcycle.sampling.budget import told
 from upcycle.sampling.pipeline import class_count
 from upcycle.sampling.sampler import Sampling, decode, sample
 
-RECORD = "samples.json"
+RECORD = "drawn.json"
 BUDGET = ("tail_drop", "uncond_tail_drop", "tokens")
 HOW = ("sampler", "steps", "guidance_scale", "guidance_channels", *BUDGET, "seed", "dtype")
 """What a record says about how samples were drawn; ``model`` and ``model_sha256`` say of what."""
