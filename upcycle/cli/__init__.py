@@ -14,6 +14,7 @@ from upcycle.cli import (
     convert,
     demo,
     encode,
+    evaluate,
     export,
     finetune,
     info,
@@ -44,6 +45,7 @@ app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("bench", epilog=bench.EPILOG)(bench.bench)
+app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command("info", epilog=info.EPILOG)(info.info)
 app.command("push-to-hub", epilog=push_to_hub.EPILOG)(push_to_hub.push_to_hub)
 app.command("export", epilog=export.EPILOG)(export.export)
