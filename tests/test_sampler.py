@@ -1,10 +1,15 @@
 """The sampling loop against the stock pipeline, and what it adds to it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline
+from diffusers.schedulers import scheduling_ddpm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from upcycle.errors import UpcycleError
 from upcycle.models.identity_vae import IdentityVAE
@@ -42,6 +47,42 @@ def test_a_sample_does_not_depend_on_its_batch(pipe, name):
     whole = sample(pipe, LABELS, SEEDS, Sampling(5, 3.0))
     for i in range(3):
         close(sample(pipe, LABELS[i : i + 1], SEEDS[i : i + 1], Sampling(5, 3.0)), whole[i : i + 1])
+
+
+@pytest.fixture(scope="module")
+def meta():
+    return load_file(Path(__file__).parent / "golden" / "meta_ddpm.safetensors")
+
+
+def test_metas_timesteps(pipe, meta):
+    set_sampler(pipe, "ddpm")
+    assert [step.t for step in steps(pipe, [1], [2], Sampling(250, 1.0))] == meta["timestep_map"].flip(0).tolist()
+
+
+@pytest.mark.parametrize("k", range(7))
+def test_metas_steps(meta, k, monkeypatch):
+    """One of seven steps of 250, the first, the last and t = 0 among them: three guided channels, a learned sigma beyond
+    its range, and the noise given. The loop runs as it is; only where it is, its noise and the model are given."""
+    index, x_t, noise = int(meta["index"][k]), meta["x_t"][k], meta["noise"][k]
+    c = SimpleNamespace(in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=10)
+    model = _Answer(c, meta["output"][k], x_t)
+    pipe = SimpleNamespace(transformer=model, scheduler=DDPMScheduler(clip_sample=False), device=torch.device("cpu"))
+    set_sampler(pipe, "ddpm")
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
+    monkeypatch.setattr("upcycle.sampling.sampler.randn_tensor", lambda *_, **__: x_t)
+    whole = pipe.scheduler.set_timesteps
+
+    def only_this(count):
+        """The loop begins at this step."""
+        whole(count)
+        monkeypatch.setattr(_Times, "whole", pipe.scheduler.timesteps)
+        pipe.scheduler.timesteps = pipe.scheduler.timesteps[count - 1 - index :]
+
+    pipe.scheduler.set_timesteps = only_this
+    step = next(iter(steps(pipe, [3, 7], [0, 1], Sampling(250, 4.0, guidance_channels=3))))
+    assert step.t == meta["timestep_map"][index]
+    torch.testing.assert_close(step.previous, meta["sample"][k], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(step.x_0, meta["pred_xstart"][k], atol=1e-6, rtol=1e-6)
 
 
 def test_guided_channels_and_the_rest(pipe):

@@ -18,6 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import Routing
+from upcycle.models.ddit import follow
 
 # What differs from a class's own defaults. ddpm: as Meta samples DiT (facebookresearch/DiT `sample.py`): timesteps from
 # 0 to 999, the variance between the posterior's and beta as the model says.
@@ -86,7 +87,7 @@ class Step:
 
 
 def set_sampler(pipe: DiTPipeline, name: str) -> None:
-    """Give the pipeline one of `SAMPLERS` on its own noise schedule."""
+    """Give the pipeline one of `SAMPLERS` on its own noise schedule; an adapter's schedule of patches goes by it."""
     cls, changes = SAMPLERS[name]
     # DDIM and DDPM clip unless they are told not to, and the configs of other solvers do not say.
     changes = {**changes, "clip_sample": pipe.scheduler.config.get("clip_sample", False)}
@@ -96,6 +97,13 @@ def set_sampler(pipe: DiTPipeline, name: str) -> None:
     elif "variance_type" in inspect.signature(cls).parameters:
         changes["variance_type"] = None
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
+    c = pipe.scheduler.config
+    if cls is DDPMScheduler and c.beta_schedule == "linear" and c.trained_betas is None:
+        # Meta's tables are fp64; of fp32 ones the steps near t = 0 are off by 1e-5.
+        betas = torch.linspace(c.beta_start, c.beta_end, c.num_train_timesteps, dtype=torch.float64)
+        pipe.scheduler.alphas_cumprod = (1 - betas).cumprod(0)
+    if hasattr(pipe.transformer, "ddit"):
+        follow(pipe.transformer, pipe)
 
 
 def sample(pipe: DiTPipeline, labels: list[int], seeds: list[int], sampling: Sampling) -> torch.Tensor:
@@ -128,7 +136,7 @@ def steps(pipe: DiTPipeline, labels: list[int], seeds: list[int], sampling: Samp
     wants_sigma = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
     times = scheduler.timesteps.tolist()
     for index, t in enumerate(times):
-        alpha_bar = scheduler.alphas_cumprod[int(t)].to(device)
+        alpha_bar = scheduler.alphas_cumprod[int(t)]  # a scalar on the CPU, which goes with tensors of any device
         last = index in (0, len(times) - 1)
         asked = list(range(len(labels))) if last else asking.due(index, x)
         guided, routing = asking.ask(index, t, scheduler.scale_model_input(x, t), asked, alpha_bar)
