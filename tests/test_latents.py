@@ -21,7 +21,8 @@ from upcycle.errors import UpcycleError
 from upcycle.latents import folder as folder_module
 from upcycle.latents.crop import center_crop
 from upcycle.latents.reader import LatentFolder
-from upcycle.latents.synthesize import label_and_seed, sample_latents
+from upcycle.latents.synthesize import sample_latents
+from upcycle.sampling.bulk import label_and_seed
 from upcycle.sampling.draw import draw
 from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sources import DiTConfig

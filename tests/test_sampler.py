@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from upcycle.errors import UpcycleError
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class, draw
-from upcycle.sampling.sampler import SAMPLERS, Hold, Sampling, decode, sample, set_sampler, steps
+from upcycle.sampling.sampler import SAMPLERS, Hold, Sampling, _Asking, decode, sample, set_sampler, steps
 
 LABELS, SEEDS = [3, 0, 7], [11, 12, 13]
 
@@ -59,30 +59,37 @@ def test_metas_timesteps(pipe, meta):
     assert [step.t for step in steps(pipe, [1], [2], Sampling(250, 1.0))] == meta["timestep_map"].flip(0).tolist()
 
 
+class Answer:
+    """A model that gives this answer."""
+
+    dtype = torch.float32
+    config = SimpleNamespace(in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=10)
+
+    def __init__(self, out):
+        self.out = out
+
+    def __call__(self, x, timestep, class_labels):
+        assert class_labels.tolist() == [3, 7, 10, 10]
+        return SimpleNamespace(sample=self.out)
+
+
 @pytest.mark.parametrize("k", range(7))
 def test_metas_steps(meta, k, monkeypatch):
-    """One of seven steps of 250, the first, the last and t = 0 among them: three guided channels, a learned sigma beyond
-    its range, and the noise given. The loop runs as it is; only where it is, its noise and the model are given."""
-    index, x_t, noise = int(meta["index"][k]), meta["x_t"][k], meta["noise"][k]
-    c = SimpleNamespace(in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=10)
-    model = _Answer(c, meta["output"][k], x_t)
-    pipe = SimpleNamespace(transformer=model, scheduler=DDPMScheduler(clip_sample=False), device=torch.device("cpu"))
+    """Seven steps of 250, the first, the last and t = 0 among them: three guided channels, a learned sigma beyond its
+    range, and the noise given."""
+    index, x_t = int(meta["index"][k]), meta["x_t"][k]
+    pipe = SimpleNamespace(transformer=Answer(meta["output"][k]), scheduler=DDPMScheduler(clip_sample=False))
     set_sampler(pipe, "ddpm")
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: noise)
-    monkeypatch.setattr("upcycle.sampling.sampler.randn_tensor", lambda *_, **__: x_t)
-    whole = pipe.scheduler.set_timesteps
-
-    def only_this(count):
-        """The loop begins at this step."""
-        whole(count)
-        monkeypatch.setattr(_Times, "whole", pipe.scheduler.timesteps)
-        pipe.scheduler.timesteps = pipe.scheduler.timesteps[count - 1 - index :]
-
-    pipe.scheduler.set_timesteps = only_this
-    step = next(iter(steps(pipe, [3, 7], [0, 1], Sampling(250, 4.0, guidance_channels=3))))
-    assert step.t == meta["timestep_map"][index]
-    torch.testing.assert_close(step.previous, meta["sample"][k], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(step.x_0, meta["pred_xstart"][k], atol=1e-6, rtol=1e-6)
+    pipe.scheduler.set_timesteps(250)
+    t = int(pipe.scheduler.timesteps[249 - index])
+    assert t == meta["timestep_map"][index]
+    asking = _Asking(pipe.transformer, torch.tensor([3, 7]), Sampling(250, 4.0, guidance_channels=3))
+    guided, *_ = asking.ask(0, t, x_t, [0, 1], pipe.scheduler.alphas_cumprod[t])
+    assert guided
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: meta["noise"][k])
+    step = pipe.scheduler.step(asking.out, t, x_t)
+    torch.testing.assert_close(step.prev_sample, meta["sample"][k], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(step.pred_original_sample, meta["pred_xstart"][k], atol=1e-6, rtol=1e-6)
 
 
 def test_guided_channels_and_the_rest(pipe):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from upcycle.cli.device import Dtype
+from upcycle.cli.sampler import Sampler, made_hold, parse_hold, parse_interval
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -18,7 +19,9 @@ EPILOG = """
   upcycle sample DiT-XL-2-256-dc4 --budget 0.6 --uncond-tail-drop 0.9 -o samples     # after upcycle calibrate\n
   upcycle sample DiT-XL-2-256-ddit --schedule 4:0.3,2:0.5,1:0.2 -o samples   # patches 4, 2, 1 times as large\n
   upcycle sample FLUX.1-dev-ddit --prompt 'a red fox' --height 512 --width 512 -o samples   # Wan, Z-Image too\n
-  upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --steps 250 -o teacher\n
+  upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --sampler ddpm --steps 250 --guidance-channels 3\n
+  upcycle sample DiT-XL-2-256-dc4 --hold 2 --guidance-interval 100:800 -o samples   # every other step reuses x0\n
+  accelerate launch -m upcycle sample DiT-XL-2-256-dc4 --num 50000 --batch-size 128 -o samples.npz   # for FID\n
 """
 
 
@@ -32,7 +35,10 @@ def sample(
         list[str] | None,
         typer.Option(metavar="TEXT", help="What to draw, of FLUX.1, Wan and Z-Image; give it again for more."),
     ] = None,
-    num: Annotated[int, typer.Option(help="Images per class or prompt.")] = 1,
+    num: Annotated[int, typer.Option(help="Images per class or prompt; with --balanced or an .npz file in all.")] = 1,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="--num images in all, classes in turn, all of them by default; resumes.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first image; the next count up.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps. Default: 50, with a prompt the pipeline's own.")
@@ -40,6 +46,22 @@ def sample(
     guidance_scale: Annotated[
         float | None,
         typer.Option(help="Classifier-free guidance; 1 is none. Default: 4, with a prompt the pipeline's own."),
+    ] = None,
+    sampler: Annotated[
+        Sampler | None, typer.Option(help="ddpm as Meta samples, with learned sigma. Default: the model's own.")
+    ] = None,
+    guidance_channels: Annotated[
+        int | None, typer.Option(min=1, help="Channels of epsilon to guide, 3 as Meta does. Default: all.")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="t:t", help="Guide at these timesteps only, such as 200:700.")
+    ] = None,
+    hold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="k|limit",
+            help="Hold the x0 estimate: ask the model every k-th step (2), or where x_t has changed by a limit (0.05).",
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="With a prompt: pixels. Default: the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(help="With a prompt: pixels. Default: the pipeline's own.")] = None,
@@ -82,9 +104,9 @@ def sample(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: cuda where there is one.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Output folder: samples.png and one PNG an image.")] = Path(
-        "samples"
-    ),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for samples.png and one PNG an image; or an .npz file.")
+    ] = Path("samples"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
 ) -> None:
@@ -105,12 +127,15 @@ def sample(
         raise UpcycleError("--threshold and --schedule are two ways to choose sizes; give one of them")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
+    interval, held = parse_interval(guidance_interval), parse_hold(hold)
+    balanced = balanced or out.suffix == ".npz"
     local = os.path.exists(model)
     if local and revision is not None:
         raise UpcycleError(f"{model}: a local path has no revisions; leave --revision out")
     keep = (Path(model),) if local else ()
 
     from upcycle.cli.device import to_device
+    from upcycle.cli.show import count as count_of
     from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, stdout, working
 
     quiet_libraries()
@@ -118,15 +143,18 @@ def sample(
     with working(f"loading {model}"):
         import torch
 
+        from upcycle.evaluation.flops import step_flops
         from upcycle.models.chunked_dit import ChunkedDiT
         from upcycle.output import check_output, new_folder
         from upcycle.sampling import patches as coarse
-        from upcycle.sampling.draw import TokenCounter, draw
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
         from upcycle.sampling.prompts import find
+        from upcycle.sampling.sampler import Sampling, decode, set_sampler
+        from upcycle.sampling.sampler import steps as sampling_steps
 
-        check_output(out, force, keep)
+        if not balanced:
+            check_output(out, force, keep)
         text = find(model, revision, base, wanted=prompt is not None)
         if text is None:
             only = {"--prompt": prompt, "--height": height, "--width": width, "--num-frames": num_frames,
@@ -137,7 +165,9 @@ def sample(
     if text is not None:
         from upcycle.cli.sample_prompts import sample_prompts
 
-        for name, value in (("--classes", classes), *words.items()):
+        of_classes = {"--classes": classes, "--sampler": sampler, "--guidance-channels": guidance_channels,
+                      "--guidance-interval": interval, "--hold": held, "--balanced": balanced or None}  # fmt: skip
+        for name, value in {**of_classes, **words}.items():
             if value is not None:
                 raise UpcycleError(f"{model} draws from text, with --prompt; leave out {name}")
         sample_prompts(
@@ -151,8 +181,13 @@ def sample(
     with working(f"loading {model}"):
         patches = getattr(pipe.transformer, "ddit", None)
         coarse.set_schedule(pipe.transformer, model, **coarser)
-        count = class_count(pipe)
-        labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(range(min(10, count)))
+        if sampler:
+            set_sampler(pipe, sampler)
+        count, channels = class_count(pipe), pipe.transformer.config.in_channels
+        if guidance_channels is not None and guidance_channels > channels:
+            raise UpcycleError(f"--guidance-channels {guidance_channels} must be at most {channels}, which there are")
+        everything = range(count if balanced else min(10, count))
+        labels = parse_classes(classes, pipe.labels, count) if classes is not None else list(everything)
         student = isinstance(pipe.transformer, ChunkedDiT)
         if asked and not student:
             option = next(iter(asked))
@@ -162,24 +197,37 @@ def sample(
         to_device(pipe, device)
     for note in coarse.notes(pipe.transformer, steps):
         stderr.print(f"note: {note}")
-    pipe.set_progress_bar_config(disable=True)
+    how = {
+        "sampler": sampler or type(pipe.scheduler).__name__, "steps": steps, "guidance_scale": guidance_scale,
+        "guidance_channels": guidance_channels, "guidance_interval": interval, "hold": held,
+    }  # fmt: skip
+    if balanced:
+        from upcycle.cli.sample_bulk import sample_bulk
+
+        how |= {"seed": seed, "dtype": "fp32", "classes": labels, "model": model, "patches": coarser}
+        sample_bulk(pipe, how, labels, num, out, batch_size, device, as_json=as_json, force=force, keep=keep)
+        return
+    settings = Sampling(steps, guidance_scale, guidance_channels, interval or (0, 999), made_hold(held))
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    images, kept, kept_by_all, runs = [], [], [], []
+    images, runs, flops, questions = [], [], 0.0, 0
+    kept: list[int] = []
+    kept_by_all: list[int] = []
     with progress() as bar:
         task = bar.add_task("sampling", total=len(batches) * steps)
-        hook = pipe.transformer.register_forward_hook(lambda *_: bar.advance(task))
         for batch in batches:
-            counter = TokenCounter(pipe.transformer, 2 * len(batch)) if student else None  # both halves
             batch_labels, batch_seeds = [label for label, _ in batch], [seed for _, seed in batch]
-            images.append(draw(pipe, batch_labels, batch_seeds, steps, guidance_scale).cpu())
+            for step in sampling_steps(pipe, batch_labels, batch_seeds, settings):
+                flops += step_flops(pipe.transformer, step)
+                questions += len(step.asked)
+                if step.routing is not None:
+                    counts_now = step.routing.mask.sum(1).tolist()
+                    kept += counts_now[: len(step.asked)]  # then their unconditional twins
+                    kept_by_all += counts_now
+                bar.advance(task)
+            images.append(decode(pipe, step.previous).cpu())
             if patches is not None:
                 runs.append(pipe.transformer.schedule.log)
-            if counter:
-                counter.remove()
-                kept += [n for step in counter.kept for n in step[: len(batch)]]
-                kept_by_all += [n for step in counter.kept for n in step]
-        hook.remove()
     grid = torch.cat(images)
     with new_folder(out, force, keep=keep) as folder:
         save_grid(grid, folder / "samples.png", columns=num if num > 1 else min(len(jobs), 10))
@@ -190,8 +238,10 @@ def sample(
     size = pipe.transformer.config.sample_size**2
     mean_kept = sum(kept) / len(kept) if kept else None
     sizes = coarse.steps_by_size([entry for log in runs for entry in log]) if patches is not None else None
+    share_asked = questions / (len(jobs) * steps)
     if as_json:
-        report = {"out": str(out), "images": len(jobs), "tokens_kept": mean_kept, "positions": size}
+        report = {"out": str(out), "images": len(jobs), **how, "tokens_kept": mean_kept, "positions": size,
+                  "steps_asked": share_asked * steps, "flops_per_image": flops / len(jobs)}  # fmt: skip
         if student:
             drop = pipe.transformer.tail_drop
             report["tail_drop"] = drop if isinstance(drop, float) else budgets.told(drop)
@@ -204,7 +254,10 @@ def sample(
         stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
         spent = budgets.share_spent(pipe.transformer.config, kept_by_all)
         found = f", at ρ = {budgets.told(pipe.transformer.tail_drop)}" if pipe.transformer.budget else ""
-        stdout.print(f"FLOPs: {spent:.3f} of what the teacher's run costs{found}")
+        stdout.print(f"FLOPs: {spent:.3f} of what the teacher's {'calls' if held else 'run'} would cost{found}")
+    if held:
+        stdout.print(f"steps that asked the model: {share_asked * steps:.1f} of {steps}")
+    stdout.print(f"FLOPs per image: {count_of(flops / len(jobs))}")
     stdout.print(f"{len(jobs)} images")
     stdout.print(str(out / "samples.png"), style="bold")
 

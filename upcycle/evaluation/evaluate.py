@@ -15,15 +15,15 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation.features import check_size, weights_sha256
 from upcycle.evaluation.images import ImageSet, open_set
 from upcycle.evaluation.metrics import Reference, features_of, measure, reference_of
-from upcycle.evaluation.samples import HOW, budget_of, cost, draw_samples, read_record
 from upcycle.evaluation.speed import machine
 from upcycle.latents.vae import weights_hash
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import to_json, write_text
+from upcycle.sampling.bulk import HOW, budget_of, cost, draw_samples, read_record
 from upcycle.sampling.sampler import decode, set_sampler
 
 PROTOCOL = (
-    "sampler", "steps", "guidance_scale", "guidance_channels", "num", "features", "features_sha256",
+    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "num", "features", "features_sha256",
     "reference_sha256", "size",
 )  # fmt: skip
 """Rows are compared only where they agree in all of these. The model, its tail drop, the seed and the arithmetic may
@@ -157,7 +157,7 @@ def evaluate_model(
     if how["tail_drop"] is not None and isinstance(pipe.transformer, ChunkedDiT):
         pipe.transformer.set_tokens(None)
         pipe.transformer.set_tail_drop(how["tail_drop"])
-    how = {**how, **budget_of(pipe.transformer)}
+    how = {**dict.fromkeys(HOW), **how, **budget_of(pipe.transformer)}
     set_sampler(pipe, how["sampler"])
     how["model_sha256"] = weights_hash({**pipe.transformer.state_dict(), **pipe.vae.state_dict()})
     told = to_json({name: how[name] for name in (*HOW, "model_sha256")})

@@ -19,6 +19,7 @@ from upcycle.latents.images import ENDINGS
 from upcycle.latents.reader import LatentFolder
 from upcycle.latents.vae import VAE, load_vae, weights_hash
 from upcycle.provenance import digest
+from upcycle.sampling.grid import to_uint8
 from upcycle.sources.vae import describe_vae
 from upcycle.training.digits import load_digits
 
@@ -64,11 +65,6 @@ def open_set(spec: str, vae: str | None = None, device: str | torch.device = "cp
     if (path / INDEX).is_file() or any(path.glob("*.safetensors")):
         return _of_latents(path, vae, device)
     return _of_files(path)
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1], [n, 1 or 3, H, W] -> uint8 [n, 3, H, W], rounded as PNG files are."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 def _of_tensor(spec: str, images: torch.Tensor) -> ImageSet:

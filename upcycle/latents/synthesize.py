@@ -1,6 +1,5 @@
 """Training data without a data set: a teacher's own samples, kept as latents."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ from diffusers import DDIMScheduler, DiTPipeline
 from upcycle.errors import UpcycleError
 from upcycle.latents.folder import LatentWriter
 from upcycle.latents.vae import weights_hash
+from upcycle.sampling.bulk import label_and_seed
 from upcycle.sampling.pipeline import class_count
 from upcycle.sampling.sampler import Sampling, sample
 from upcycle.sources.vae import describe_vae
@@ -39,16 +39,6 @@ def sample_latents(
     """
     with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
         return sample(pipe, labels, seeds, Sampling(steps, guidance_scale))
-
-
-def label_and_seed(index: int, classes: list[int], seed: int) -> tuple[int, int]:
-    """Class and seed of sample ``index``: classes in turn, and seeds that count up from a place that ``seed`` chooses.
-
-    Seeds are 32 bits long, all that torch's generator takes. Data sets of different ``seed`` share noise by accident
-    only.
-    """
-    start = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")
-    return classes[index % len(classes)], (start + index) % 2**32
 
 
 def synthesis_header(

@@ -1,4 +1,4 @@
-"""Image grids."""
+"""Images as pixels, and grids of them."""
 
 from pathlib import Path
 
@@ -6,6 +6,11 @@ import torch
 from PIL import Image
 
 LEAST_SIDE = 48  # small images are enlarged, pixel by pixel, so that a person can see them
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1], [n, 1 or 3, H, W] -> uint8 [n, 3, H, W], rounded as PNG files are."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultis
 from diffusers.utils.torch_utils import randn_tensor
 
 from upcycle.errors import UpcycleError
-from upcycle.models.chunked_dit import Routing
+from upcycle.models.chunked_dit import Gates, Routing
 from upcycle.models.ddit import follow
 
 # What differs from a class's own defaults. ddpm: as Meta samples DiT (facebookresearch/DiT `sample.py`): timesteps from
@@ -74,6 +74,7 @@ class Step:
     """One step. ``x_t`` [n, C, H, W] before it, ``x_0`` the (guided) estimate of the clean latents, ``previous`` the
     latents after it; all fp32. ``asked``: the samples that the model was asked about, none in a held step. ``routing``:
     of a `ChunkedDiT`, of the asked samples, and where ``guided`` of their unconditional twins after them; else None.
+    ``gates``: of one with DyDiT's gates, of the same rows.
     """
 
     index: int
@@ -84,6 +85,7 @@ class Step:
     asked: list[int]
     guided: bool
     routing: Routing | None
+    gates: Gates | None = None
 
 
 def set_sampler(pipe: DiTPipeline, name: str) -> None:
@@ -139,11 +141,11 @@ def steps(pipe: DiTPipeline, labels: list[int], seeds: list[int], sampling: Samp
         alpha_bar = scheduler.alphas_cumprod[int(t)]  # a scalar on the CPU, which goes with tensors of any device
         last = index in (0, len(times) - 1)
         asked = list(range(len(labels))) if last else asking.due(index, x)
-        guided, routing = asking.ask(index, t, scheduler.scale_model_input(x, t), asked, alpha_bar)
+        guided, routing, gates = asking.ask(index, t, scheduler.scale_model_input(x, t), asked, alpha_bar)
         out = asking.answer(index, x, asked, alpha_bar)
         previous = scheduler.step(out if wants_sigma else out[:, : c.in_channels], t, x, **options).prev_sample
         x_0 = (x - (1 - alpha_bar).sqrt() * out[:, : c.in_channels]) / alpha_bar.sqrt()
-        yield Step(index, int(t), x, x_0, previous, asked, guided, routing)
+        yield Step(index, int(t), x, x_0, previous, asked, guided, routing, gates)
         x = previous
 
 
@@ -177,10 +179,10 @@ class _Asking:
 
     def ask(
         self, index: int, t: float, x: torch.Tensor, asked: list[int], alpha_bar: torch.Tensor
-    ) -> tuple[bool, Routing | None]:
+    ) -> tuple[bool, Routing | None, Gates | None]:
         """Ask the model about some of the samples and note its guided output."""
         if not asked:
-            return False, None
+            return False, None, None
         rows = slice(None) if len(asked) == len(x) else torch.tensor(asked, device=x.device)
         s, label, some = self.sampling, self.label[rows], x[rows]
         low, high = s.guidance_interval
@@ -203,7 +205,7 @@ class _Asking:
             self.out = self.out.index_copy(0, rows, out)
         if self.hold:
             self._note(index, x, rows, alpha_bar)
-        return guided, getattr(answer, "routing", None)
+        return guided, getattr(answer, "routing", None), getattr(answer, "gates", None)
 
     def _note(self, index: int, x: torch.Tensor, rows: Any, alpha_bar: torch.Tensor) -> None:
         """What held steps after this one go by."""

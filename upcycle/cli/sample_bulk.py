@@ -1,0 +1,78 @@
+"""`upcycle sample --balanced`: many images for metrics, by one process or several."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from upcycle.errors import UpcycleError
+
+
+def sample_bulk(
+    pipe: Any,
+    how: dict[str, Any],
+    labels: list[int],
+    num: int,
+    out: Path,
+    batch_size: int,
+    device: str | None,
+    *,
+    as_json: bool,
+    force: bool,
+    keep: tuple[Path, ...],
+) -> None:
+    """Draw ``num`` images of ``labels`` in turn into the folder ``out``, or an ``.npz`` file; goes on with what is
+    there. ``how``: what is to be the same then (`upcycle.sampling.bulk.HOW` and more)."""
+    from accelerate import PartialState
+
+    from upcycle.cli.device import enough_memory
+    from upcycle.cli.show import count, print_json, progress, stdout
+    from upcycle.latents.vae import weights_hash
+    from upcycle.output import check_output_file
+    from upcycle.sampling.bulk import begin, budget_of, cost, draw_samples, label_and_seed, read_record, write_npz
+
+    state = PartialState(cpu=pipe.device.type == "cpu")
+    if state.num_processes > 1 and device is None:
+        pipe.to(state.device)
+    how = {
+        **how,
+        **budget_of(pipe.transformer),
+        "model_sha256": weights_hash({**pipe.transformer.state_dict(), **pipe.vae.state_dict()}),
+    }
+    packed = out.suffix == ".npz"
+    folder = out.with_name(f"{out.name}.samples") if packed else out
+    if state.is_main_process:
+        if packed:
+            check_output_file(out, force, keep)
+        elif force and read_record(folder) is not None:
+            shutil.rmtree(folder)
+        elif folder.exists() and not folder.is_dir():
+            raise UpcycleError(f"{folder} is a file; choose another folder with -o")
+        begin(folder, how)
+    state.wait_for_everyone()
+    with progress("images") as bar:
+        task = bar.add_task("sampling", total=-(-num // state.num_processes))
+        bar.disable = not state.is_main_process
+        with enough_memory(batch_size):
+            files = draw_samples(
+                pipe, folder, how, num, batch_size, lambda done: bar.advance(task, done / state.num_processes),
+                classes=labels, process=(state.process_index, state.num_processes),
+            )  # fmt: skip
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    record = read_record(folder)
+    assert record is not None
+    took = cost(record)
+    if packed:
+        write_npz(files, [label_and_seed(i, labels, how["seed"])[0] for i in range(num)], out, force)
+        shutil.rmtree(folder)
+    if as_json:
+        print_json({"out": str(out), "images": num, **how, **took})
+        return
+    if took["tokens_kept"] is not None:
+        stdout.print(f"tokens kept: {took['tokens_kept']:.1f} (mean over calls, both halves of guided batches)")
+    if record["drawn"]:
+        stdout.print(f"FLOPs per image: {count(took['flops_per_image'] or 0)}")
+        stdout.print(f"seconds per image and process: {took['seconds_per_image']:.3g}")
+    stdout.print(f"{num} images, {-(-num // len(labels))} of a class at most")
+    stdout.print(str(out), style="bold")

@@ -1,0 +1,39 @@
+"""The options of the sampling loop, as words."""
+
+from typing import Any, Literal
+
+from upcycle.errors import UpcycleError
+
+Sampler = Literal["ddim", "ddpm", "dpm-solver++", "unipc"]
+
+
+def parse_interval(text: str | None) -> tuple[int, int] | None:
+    """``200:700`` of ``--guidance-interval``; raises `UpcycleError`."""
+    if text is None:
+        return None
+    low, colon, high = text.partition(":")
+    if not colon or not low.strip().isdecimal() or not high.strip().isdecimal() or int(low) > int(high):
+        raise UpcycleError(f"--guidance-interval {text} is no range of timesteps, such as 200:700")
+    return int(low), int(high)
+
+
+def parse_hold(text: str | None) -> int | float | None:
+    """``2``, every second step, or a limit such as ``0.05``, of ``--hold``; raises `UpcycleError`."""
+    if text is None:
+        return None
+    try:
+        held: int | float = int(text) if text.strip().isdecimal() else float(text)
+    except ValueError:
+        held = 0
+    if not (held >= 2 if isinstance(held, int) else 0 < held < float("inf")):
+        raise UpcycleError(f"--hold {text} is neither a number of steps from 2 up nor a limit such as 0.05")
+    return held
+
+
+def made_hold(held: int | float | None) -> Any:
+    """The `Hold` of what `parse_hold` read."""
+    from upcycle.sampling.sampler import Hold
+
+    if held is None:
+        return None
+    return Hold(every=held) if isinstance(held, int) else Hold(limit=held)
