@@ -19,7 +19,7 @@ from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sampling.sampler import Sampling, decode, sample
 from upcycle.training.digits import TEACHER
 
-GIVEN = ["--balanced", "--num", 12, "--steps", 3, "--guidance-scale", 2, "--seed", 4]
+GIVEN = ["--balanced", "-n", 12, "--steps", 3, "--guidance-scale", 2, "--seed", 4]
 
 
 def pictures(folder):

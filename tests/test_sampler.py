@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers import scheduling_ddpm
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +64,7 @@ class Answer:
     """A model that gives this answer."""
 
     dtype = torch.float32
-    config = SimpleNamespace(in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=10)
+    config = FrozenDict(in_channels=4, out_channels=8, sample_size=4, num_embeds_ada_norm=10)
 
     def __init__(self, out):
         self.out = out

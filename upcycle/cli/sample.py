@@ -21,7 +21,7 @@ EPILOG = """
   upcycle sample FLUX.1-dev-ddit --prompt 'a red fox' --height 512 --width 512 -o samples   # Wan, Z-Image too\n
   upcycle sample facebook/DiT-XL-2-256 --classes 'golden retriever' --sampler ddpm --steps 250 --guidance-channels 3\n
   upcycle sample DiT-XL-2-256-dc4 --hold 2 --guidance-interval 100:800 -o samples   # every other step reuses x0\n
-  accelerate launch -m upcycle sample DiT-XL-2-256-dc4 --num 50000 --batch-size 128 -o samples.npz   # for FID\n
+  accelerate launch -m upcycle sample DiT-XL-2-256-dc4 -n 50000 --batch-size 128 -o samples.npz   # for FID\n
 """
 
 
@@ -35,7 +35,9 @@ def sample(
         list[str] | None,
         typer.Option(metavar="TEXT", help="What to draw, of FLUX.1, Wan and Z-Image; give it again for more."),
     ] = None,
-    num: Annotated[int, typer.Option(help="Images per class or prompt; with --balanced or an .npz file in all.")] = 1,
+    num: Annotated[
+        int, typer.Option("-n", "--num", help="Images per class or prompt; with --balanced or an .npz file in all.")
+    ] = 1,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="--num images in all, classes in turn, all of them by default; resumes.")
     ] = False,
