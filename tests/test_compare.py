@@ -109,6 +109,6 @@ def test_what_cannot_be_compared(pipeline_dir, export_dir, tmp_path, failing):
         "compare", pipeline_dir, pipeline_dir, "--tail-drop", "0.3", "-o", tmp_path / "no"
     )  # fmt: skip
     assert "--hold two" in failing("compare", pipeline_dir, "--hold", "two", "-o", tmp_path / "no")
-    assert "every 1" in failing("compare", pipeline_dir, "--hold", "1", "-o", tmp_path / "no")
+    assert "--hold 1" in failing("compare", pipeline_dir, "--hold", "1", "-o", tmp_path / "no")
     assert "--tail-drop 1" in failing("compare", export_dir, "--tail-drop", "1", "-o", tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from upcycle.cli.sampler import made_hold, parse_hold
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -69,14 +70,13 @@ def compare(
         from upcycle.evaluation import compare as measuring
         from upcycle.evaluation.compare_plot import picture
         from upcycle.evaluation.speed import machine
-        from upcycle.models import ddit
         from upcycle.models.chunked_dit import ChunkedDiT
         from upcycle.output import check_output, new_folder, to_json
         from upcycle.sampling import patches
         from upcycle.sampling.pipeline import class_count, load_pipeline
         from upcycle.sampling.sampler import Sampling, set_sampler
 
-        holds = [None, *(_parse_hold(part) for part in hold.split(","))] if hold is not None else [None]
+        holds = [None, *(made_hold(parse_hold(part)) for part in hold.split(","))] if hold is not None else [None]
         keep = tuple(Path(model) for model in models if Path(model).exists())
         check_output(out, force, keep)
         variants, pipes = [], {}
@@ -84,8 +84,6 @@ def compare(
             if model not in pipes:
                 pipe = pipes[model] = load_pipeline(model)
                 set_sampler(pipe, sampler)
-                if hasattr(pipe.transformer, "ddit"):
-                    ddit.follow(pipe.transformer, pipe)
             pipe = pipes[model]
             student = isinstance(pipe.transformer, ChunkedDiT)
             variants += [
@@ -127,16 +125,6 @@ def compare(
         print_json({"out": str(out), **report})
         return
     _show(report, out)
-
-
-def _parse_hold(text: str) -> Any:
-    """A `Hold`: a whole number is ``every``, one with a point a ``limit``."""
-    from upcycle.sampling.sampler import Hold
-
-    try:
-        return Hold(limit=float(text)) if "." in text else Hold(every=int(text))
-    except ValueError:
-        raise UpcycleError(f"--hold {text} is neither a number of steps (2) nor a limit (0.1)") from None
 
 
 def _show(report: dict[str, Any], out: Path) -> None:

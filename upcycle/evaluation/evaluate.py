@@ -23,8 +23,8 @@ from upcycle.sampling.bulk import HOW, budget_of, cost, draw_samples, read_recor
 from upcycle.sampling.sampler import decode, set_sampler
 
 PROTOCOL = (
-    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "num", "features", "features_sha256",
-    "reference_sha256", "size",
+    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "num", "features",
+    "features_sha256", "reference_sha256", "size",
 )  # fmt: skip
 """Rows are compared only where they agree in all of these. The model, its tail drop, the seed and the arithmetic may
 differ."""

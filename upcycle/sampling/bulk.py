@@ -29,7 +29,7 @@ HOW = (
     "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "hold", *BUDGET, "seed", "dtype",
 )  # fmt: skip
 """What a record says about how samples were drawn; ``model`` and ``model_sha256`` say of what."""
-SUMS = ("drawn", "seconds", "flops", "tokens", "calls")
+SUMS = ("drawn", "seconds", "flops", "kept", "calls")
 
 
 def label_and_seed(index: int, classes: Sequence[int], seed: int) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def draw_samples(
             for step in steps(pipe, [*labels], [*seeds], settings):
                 took["flops"] += step_flops(pipe.transformer, step)
                 if step.routing is not None:
-                    took["tokens"] += int(step.routing.mask.sum())
+                    took["kept"] += int(step.routing.mask.sum())
                     took["calls"] += len(step.routing.mask)
                 on_images(len(some) / settings.steps)
             assert step is not None
@@ -168,7 +168,7 @@ def cost(record: dict[str, Any]) -> dict[str, float | None]:
     return {
         "flops_per_image": record["flops"] / drawn,
         "seconds_per_image": record["seconds"] / drawn,
-        "tokens_kept": record["tokens"] / record["calls"] if record["calls"] else None,
+        "tokens_kept": record["kept"] / record["calls"] if record["calls"] else None,
     }
 
 
