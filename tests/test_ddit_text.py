@@ -287,7 +287,7 @@ def test_a_base_in_bf16_trains_an_adapter_in_fp32(made, kind, tmp_path, failing)
     assert says in failing("finetune", recipe(made, kind, tmp_path / "no", **given))
     inside("finetune", recipe(made, kind, tmp_path / "run", mixed_precision="bf16", **given))
     loaded = load_recipe(tmp_path / "run.yaml")
-    assert flow.stored_dtype(loaded, flow.text_backbone(loaded)) == torch.bfloat16
+    assert flow.stored_dtype(loaded, flow.text_backbones(loaded)[0]) == torch.bfloat16
     model = DiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.bfloat16).transformer
     data, timestep = PromptFolder(made / f"{kind}-latents"), torch.tensor([700])
     x, texts = data.row(0)[None], [{name: value.bfloat16() for name, value in data.embeddings(0).items()}]

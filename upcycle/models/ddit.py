@@ -287,11 +287,12 @@ class Switching:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made here and has no name that pickle could find."""
         kind, stock = type(self).__bases__
-        return _blank_layer, (kind, stock), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+        state: Any = super().__reduce_ex__(protocol)
+        return _blank_layer, (kind, stock), *state[2:]
 
 
 def _blank_layer(kind: type, stock: type) -> Any:
-    cls = _switching_class(kind, stock)
+    cls: Any = _switching_class(kind, stock)
     return cls.__new__(cls)
 
 
@@ -641,7 +642,8 @@ class PatchSwitching:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class goes by the name of the stock one, which pickle would take for it."""
-        return _blank_model, (type(self).__name__,), *super().__reduce_ex__(protocol)[2:]  # type: ignore[misc]
+        state: Any = super().__reduce_ex__(protocol)
+        return _blank_model, (type(self).__name__,), *state[2:]
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are not the base's, by name."""
@@ -1167,7 +1169,8 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def _switch(layer: Any, kind: type, switch: Switch) -> None:
-    layer.__class__ = _switching_class(kind, type(layer))
+    stock: type = type(layer)
+    layer.__class__ = _switching_class(kind, stock)
     layer.switch = switch
 
 
@@ -1369,8 +1372,8 @@ def switching(pipeline: Any) -> list[Any]:
 
 
 def follow(model: Any, pipeline: Any) -> None:
-    """Let the schedule of ``model`` know the times and steps of the pipeline's scheduler, and be the same as that of its
-    other transformer; warns of samplers whose latents never calm down.
+    """Let the schedule of ``model`` know the times and steps of the pipeline's scheduler, and be the same as that of
+    its other transformer; warns of samplers whose latents never calm down.
 
     Raises:
         ValueError: the other transformer has an adapter with other patches.
