@@ -87,13 +87,10 @@ def convert_patches(
     stdout.print(
         f"{source} -> {out}" if dry_run else f"{opened.base_class}, patches x {', x '.join(map(str, patches))}"
     )
-    stdout.print(
-        f"adapter: {count(parameters['fresh'])} parameters, {share:.1%} of the base; writes {size(surgery.bytes_of(plans))}"
-    )
+    writes = size(surgery.bytes_of(plans))
+    stdout.print(f"adapter: {count(parameters['fresh'])} parameters, {share:.1%} of the base; writes {writes}")
     if len(plans) > 1:
-        stdout.print(
-            f"for transformer, and for transformer_2, which takes over below the noise level {opened.boundary}"
-        )
+        stdout.print(f"for transformer, and for transformer_2, which takes over below noise {opened.boundary}")
     if errors:
         stdout.print(f"at m = 1: {'the bits of the base' if errors['exact'] else 'not the bits of the base'}")
         for m, levels in errors["by_level"].items():
