@@ -15,6 +15,7 @@ from runs import names_in, rows_of, same, start
 from safetensors.torch import load_file, save_file
 from tiny_text import KINDS, SIDES
 
+from upcycle.latents import prompts as latents
 from upcycle.latents.prompts import PromptFolder
 from upcycle.models import ddit
 from upcycle.recipe import load_recipe
@@ -159,6 +160,14 @@ def test_embeddings_are_those_that_the_transformer_gets(made, kind):
     stock(prompt=PROMPTS[2], height=height, width=width, num_inference_steps=1, output_type="latent", **options)
     for name, value in data.embeddings(2).items():
         assert torch.equal(value, seen[0][name][0])
+
+
+def test_embeddings_of_many_prompts_go_through_files_of_a_few(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "AT_ONCE", 2)
+    synthesize(made, "z-image", tmp_path / "few")
+    assert names_in(tmp_path / "few") == names_in(made / "z-image-latents")
+    for name in ("prompts.safetensors", "00002.safetensors"):
+        assert (tmp_path / "few" / name).read_bytes() == (made / "z-image-latents" / name).read_bytes()
 
 
 def test_an_interrupted_synthesis_goes_on(made, tmp_path, failing):

@@ -227,6 +227,26 @@ def test_both_are_trained_each_on_its_own_noise_levels(made, tmp_path):
         assert after < 0.9 * before
 
 
+def test_a_dry_run_counts_both(made, tmp_path, failing):
+    reports = [
+        json.loads(inside("finetune", recipe(made, tmp_path / "run", **given), "--dry-run", "--json", *options).stdout)
+        for given, options in (
+            ({}, []),
+            ({"component": "transformer_2"}, ["--no-measure"]),
+            ({"student": str(made / "alone"), "ddit": None}, ["--no-measure"]),
+        )
+    ]
+    both, one, begun = (report["parameters"] for report in reports)
+    assert both == begun
+    assert (both["adapter"], both["base"]) == (2 * one["adapter"], 2 * one["base"])
+    assert both["adapter"] == sum(t.numel() for _, ts in ddit.load_adapters(made / "alone") for t in ts.values())
+    assert reports[0]["stages"][0]["flops_per_step"] == reports[1]["stages"][0]["flops_per_step"], "a sample sees one"
+    assert reports[0]["hours"] > 0
+    path = recipe(made, tmp_path / "run", data=str(tmp_path / "none"))
+    assert "synthesize some first" in failing("finetune", path, "--dry-run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_student_asks_each_transformer_about_its_own_levels(made):
     pipe = pipeline(made / "wan")
     ddit.apply(pipe, made / "alone")
