@@ -180,7 +180,10 @@ def test_an_adapter_costs_what_it_takes(tmp_path):
     held = sum(size for place, size in seen.items() if place not in weights)
     assert memory["activations"] == pytest.approx(held, rel=0.1)
     (stage,) = report["stages"]
-    assert stage["flops_per_step"] == {"student": pytest.approx((flops[1] + flops[2]) / 2), "teacher": flops[0]}
+    assert stage["flops_per_step"] == {
+        "student": pytest.approx((flops[1] + flops[2]) / 2, rel=1e-4),
+        "teacher": flops[0],
+    }
     assert stage["tokens_per_sample"] == (16 + 4) / 2
     again = asked.model_copy(update={"gradient_checkpointing": True})
     less = cost_patches.estimate(again, measure=False)

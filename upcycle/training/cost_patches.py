@@ -184,7 +184,7 @@ class _Shape:
 
     def _make(self) -> Any:
         """A model with an adapter on the default device; only the adapter is trained."""
-        model = self._class(**self._options).to(self._dtype).requires_grad_(False)
+        model = torch.nn.Module.to(self._class(**self._options), self._dtype).requires_grad_(False)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         device = next(model.parameters()).device
         made = ddit.initial_tensors(self._config, model.config, shapes, lambda name: torch.ones(shapes[name]))
