@@ -95,7 +95,7 @@ def test_coarse_patches_tokens_and_flops_are_those_of_the_calls(coarse):
         assert rows[f"{name}, guided"]["flops_per_image"] == 8 * at[m]
     assert rows["student, schedule"]["flops_per_image"] == at[4] + 2 * at[2] + at[1]
     assert student.schedule.fixed is None, "as it was"
-    assert student._forced is None
+    assert student.schedule.forced is None
 
 
 def test_coarse_patches_ratios_follow_from_the_figures(coarse):

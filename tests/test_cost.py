@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import run
+from conftest import inside, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle.graft.plan import Options, make_plan
+from upcycle.graft.verify import load_teacher
+from upcycle.models import ddit
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.recipe import Recipe
 from upcycle.sources import open_source
-from upcycle.training import cost
+from upcycle.training import cost, cost_patches
 from upcycle.training.chunking import make_optimizer, prepare_student
 from upcycle.training.digits import TEACHER
 from upcycle.training.state import RunState
@@ -138,3 +142,61 @@ def test_questions_to_the_teacher():
     first, second = (cost._stage(asked, stage, config, source.config) for stage in asked.stages)
     assert (first["teacher_forwards"], second["teacher_forwards"]) == (2, 2)
     assert second["tokens_per_sample"] == pytest.approx(64 * (1 - 0.8 * 0.25))
+
+
+def test_an_adapter_costs_what_it_takes(tmp_path):
+    """Of the digits: what lasts exactly, activations against what autograd keeps in a real step."""
+    stages = [{"name": "distill", "steps": 10, "losses": {"distill": 1.0}}]
+    asked = recipe(method="ddit", stages=stages, batch_size=4, ddit={"rank": 3})
+    report = cost_patches.estimate(asked, measure=False)
+    base = load_teacher(open_source(str(TEACHER)))
+    ddit.attach(base, ddit.DDiTConfig("DiTTransformer2DModel", [2, 4], rank=3))
+    base.requires_grad_(False)
+    adapter = base.adapter_parameters().values()
+    own, theirs = (sum(p.numel() for p in parameters) for parameters in (adapter, base.parameters()))
+    assert report["parameters"] == {"adapter": own, "base": theirs - own, "trained": {"distill": own}}
+    memory = report["memory_per_rank"]
+    assert memory["weights"] == memory["gradients"] == memory["average"] == memory["optimizer"] / 2 == 4 * own
+    assert memory["base"] == 4 * (theirs - own)
+    assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
+    for parameter in adapter:
+        parameter.requires_grad_(True)
+    seen, flops = {}, []
+    weights = {p.untyped_storage().data_ptr() for p in base.parameters()}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    labels = torch.arange(4)
+    for m in (1, 2, 4):
+        # torch counts no FLOPs of the CPU's flash attention.
+        with base.at(m), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack if m == 2 else lambda x: x, lambda x: x):
+                out = base(torch.randn(4, 1, 16, 16), labels, labels).sample
+            if m > 1:
+                out.sum().backward()
+        flops.append(counter.get_total_flops())
+    held = sum(size for place, size in seen.items() if place not in weights)
+    assert memory["activations"] == pytest.approx(held, rel=0.1)
+    (stage,) = report["stages"]
+    assert stage["flops_per_step"] == {
+        "student": pytest.approx((flops[1] + flops[2]) / 2, rel=1e-4),
+        "teacher": flops[0],
+    }
+    assert stage["tokens_per_sample"] == (16 + 4) / 2
+    again = asked.model_copy(update={"gradient_checkpointing": True})
+    less = cost_patches.estimate(again, measure=False)
+    assert less["memory_per_rank"]["activations"] < memory["activations"] / 2
+    assert less["stages"][0]["flops_per_step"]["student"] > 1.2 * stage["flops_per_step"]["student"]
+
+
+def test_the_command_measures_a_step_of_an_adapter(tmp_path):
+    options = ["--set", f"out={tmp_path / 'run'}", "--set", "batch_size=2"]
+    report = json.loads(inside("finetune", "ddit-digits", *options, "--dry-run", "--json").stdout)
+    assert list(tmp_path.iterdir()) == []
+    assert report["measured"]["layers"] == [4]
+    (stage,) = report["stages"]
+    assert report["hours"] == pytest.approx(stage["steps"] * stage["seconds_per_step"] / 3600)
+    assert report["data"]["samples"] == 1500
+    assert "parameters, adapter" in inside("finetune", "ddit-digits", *options, "--dry-run", "--no-measure").stdout

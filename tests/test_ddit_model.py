@@ -3,9 +3,11 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -406,11 +408,10 @@ def test_the_residual_is_the_gain_times_what_lies_outside(kind):
         assert torch.equal(outs[0][:, 4:], outs[1][:, 4:])
 
 
-def test_what_cannot_be_coarsened_runs_as_ever():
+def test_what_cannot_be_coarsened_runs_as_ever_and_says_so():
     """References, several regions, and the outputs of a ControlNet, one for every fine token."""
     model, stock = attach("flux"), make("flux")
-    model.set_schedule(threshold=1e9)
-    model.set_patches(4)
+    model.set_schedule(fixed=[(4, 1.0)], steps=10)
     given = arguments("flux", latents("flux"))
     control = [draw(2, 64, 32)]
     ids = given["img_ids"].clone()
@@ -421,12 +422,18 @@ def test_what_cannot_be_coarsened_runs_as_ever():
         {"img_ids": ids},
         {"img_ids": given["img_ids"].roll(1, 0)},
     ):
-        assert torch.equal(output(model, given | change), output(stock, given | change))
+        with pytest.warns(UserWarning, match="stays at m = 1: these arguments cannot be coarsened"):
+            assert torch.equal(output(model, given | change), output(stock, given | change))
+        with model.at(4), pytest.raises(ValueError, match=r"set_patches\(4\): these arguments cannot be coarsened"):
+            output(model, given | change)
+        with model.at(1), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(output(model, given | change), output(stock, given | change))
     model, stock = attach("z-image"), make("z-image")
-    model.set_patches(4)
+    model.set_schedule(fixed=[(4, 1.0)], steps=10)
     images = [latents("z-image", 16, 16)[0], latents("z-image", 16, 24)[0]]  # of two sizes
     given = arguments("z-image", latents("z-image")) | {"x": images}
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(UserWarning, match="cannot be coarsened"):
         outs = model(**given).sample, stock(**given).sample
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
 
@@ -671,6 +678,27 @@ def test_a_copy_has_a_switch_of_its_own(kind):
     assert torch.equal(output(model, given), two)
     other.set_patches(None)
     assert torch.equal(output(other, given), one)
+
+
+@four_classes
+def test_a_model_with_an_adapter_is_pickled(kind, tmp_path):
+    model = attach(kind)
+    model.set_schedule(threshold=0.5)
+    model.set_patches(2)
+    given = arguments(kind, latents(kind))
+    two = output(model, given)
+    torch.save(model, tmp_path / "whole.pt")
+    for other in (pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert type(other) is type(model)
+        assert (other.schedule.threshold, other.schedule.forced, other.ddit) == (0.5, 2, model.ddit)
+        assert other.schedule is not model.schedule
+        assert all(layer.switch is other.switch for layer in other.modules() if isinstance(layer, ddit.Switching))
+        assert torch.equal(output(other, given), two)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    other = attach(kind, trained=False)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    other.set_patches(2)
+    assert torch.equal(output(other, given), two)
 
 
 def test_a_style_lora_goes_on_top():

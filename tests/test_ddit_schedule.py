@@ -203,6 +203,38 @@ def test_guidance_decides_once_a_step(prediction, policy):
     assert twice.log == plain.log
 
 
+@every_prediction
+def test_a_run_goes_on_where_guidance_ends_or_begins(prediction):
+    """cfg_truncation of Z-Image, guidance intervals: the batch halves, or doubles, in mid-run."""
+    z = draw(3, 4, 16, 16)
+    probe = schedule_of(prediction)
+    probe.always_look = True
+    sample(probe, prediction, z)
+    threshold = min(probe.log[7]["deviation"]["4"])
+    plain = schedule_of(prediction, threshold=threshold)
+    sample(plain, prediction, z)
+    assert {entry["m"] for entry in plain.log} > {1}
+    for guided in (range(6), range(6, 12)):
+        schedule = schedule_of(prediction, threshold=threshold)
+        calls = iter(range(24))  # what is decided on, then what is observed
+        sample(schedule, prediction, z, sight=lambda x: torch.cat([x, x]) if next(calls) // 2 in guided else x)  # noqa: B023
+        assert schedule.log == plain.log
+    schedule = schedule_of("flow", fixed=[(1, 0.25), (4, 0.75)], steps=12)
+    sample(schedule, "flow", torch.zeros(2, 4, 16, 16))  # equal at first only
+    assert [entry["m"] for entry in schedule.log] == [1] * 3 + [4] * 9
+
+
+def test_a_run_that_begins_in_the_middle_gets_its_shares():
+    """img2img: the scheduler keeps the steps that are left out."""
+    for prediction in ("flow", "epsilon"):
+        schedule = schedule_of(prediction, fixed=[(4, 0.5), (2, 0.25), (1, 0.25)])
+        sampler = sampler_of(prediction, 20)
+        follow(schedule, sampler, prediction)
+        cut = types.SimpleNamespace(timesteps=sampler.timesteps[8:], step=sampler.step)
+        sample(schedule, prediction, draw(1, 4, 16, 16), sampler=cut)
+        assert [entry["m"] for entry in schedule.log] == [4] * 6 + [2] * 3 + [1] * 3
+
+
 def test_a_new_run_starts_afresh():
     z = draw(2, 4, 16, 16)
     schedule = schedule_of("flow", threshold=0.02)
@@ -242,7 +274,7 @@ def test_the_pipelines_end_resets_the_schedule(kind):
 def test_a_fixed_schedule_keeps_its_shares(parts, steps):
     total = sum(weight for _, weight in parts)
     fixed = [(m, weight / total) for m, weight in parts]
-    schedule = schedule_of("flow", fixed=fixed, steps=lambda: steps)
+    schedule = schedule_of("flow", fixed=fixed, steps=steps)
     got = [schedule._fixed_at(step) for step in range(steps)]
     assert [m for m, _ in itertools.groupby(got)] == [m for m, _ in itertools.groupby(got)]
     for m in (1, 2, 4):

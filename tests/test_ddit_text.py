@@ -15,6 +15,7 @@ from runs import names_in, rows_of, same, start
 from safetensors.torch import load_file, save_file
 from tiny_text import KINDS, SIDES
 
+from upcycle.latents import prompts as latents
 from upcycle.latents.prompts import PromptFolder
 from upcycle.models import ddit
 from upcycle.recipe import load_recipe
@@ -161,6 +162,14 @@ def test_embeddings_are_those_that_the_transformer_gets(made, kind):
         assert torch.equal(value, seen[0][name][0])
 
 
+def test_embeddings_of_many_prompts_go_through_files_of_a_few(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "AT_ONCE", 2)
+    synthesize(made, "z-image", tmp_path / "few")
+    assert names_in(tmp_path / "few") == names_in(made / "z-image-latents")
+    for name in ("prompts.safetensors", "00002.safetensors"):
+        assert (tmp_path / "few" / name).read_bytes() == (made / "z-image-latents" / name).read_bytes()
+
+
 def test_an_interrupted_synthesis_goes_on(made, tmp_path, failing):
     whole = made / "flux-latents"
     shutil.copytree(whole, tmp_path / "cut")
@@ -287,7 +296,7 @@ def test_a_base_in_bf16_trains_an_adapter_in_fp32(made, kind, tmp_path, failing)
     assert says in failing("finetune", recipe(made, kind, tmp_path / "no", **given))
     inside("finetune", recipe(made, kind, tmp_path / "run", mixed_precision="bf16", **given))
     loaded = load_recipe(tmp_path / "run.yaml")
-    assert flow.stored_dtype(loaded, flow.text_backbone(loaded)) == torch.bfloat16
+    assert flow.stored_dtype(loaded, flow.text_backbones(loaded)[0]) == torch.bfloat16
     model = DiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.bfloat16).transformer
     data, timestep = PromptFolder(made / f"{kind}-latents"), torch.tensor([700])
     x, texts = data.row(0)[None], [{name: value.bfloat16() for name, value in data.embeddings(0).items()}]

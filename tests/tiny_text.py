@@ -30,7 +30,9 @@ from transformers import (
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "fox", "house", "user", "assistant"]
 KINDS = ["flux", "wan", "z-image"]
-SIDES = {"flux": (16, 24), "wan": (32, 48), "z-image": (16, 24)}
+TWO = "wan-two"
+"""Wan 2.2: `make` knows it too; the second transformer takes over below half of the noise."""
+SIDES = {"flux": (16, 24), "wan": (32, 48), "z-image": (16, 24), TWO: (32, 48)}
 """Height and width in pixels: latents of 8 x 12, Wan's of 4 x 6."""
 
 
@@ -79,13 +81,14 @@ def make(kind: str, folder: Path) -> Path:
         pipe = FluxPipeline(
             flow, image_vae(), CLIPTextModel(text), clip, T5EncoderModel(t5), word_tokenizer(512), transformer
         )
-    elif kind == "wan":
+    elif kind in ("wan", TWO):
         vae = AutoencoderKLWan(
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
         )
         umt5 = UMT5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
         sampler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        pipe = WanPipeline(word_tokenizer(512), UMT5EncoderModel(umt5), vae, sampler, transformer)
+        more = {"transformer_2": tiny_ddit.make("wan", seed=3), "boundary_ratio": 0.5} if kind == TWO else {}
+        pipe = WanPipeline(word_tokenizer(512), UMT5EncoderModel(umt5), vae, sampler, transformer, **more)
     else:
         qwen = Qwen3Config(
             vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -89,6 +89,7 @@ def run_demo(
         seconds["sampling"] = time.perf_counter() - clock
         kept = torch.tensor(drawn["student"]["kept"])
         c, positions = student.config, student.config.sample_size**2
+        assert not isinstance(prepared.source, list)
         teacher_tokens = positions // vars(prepared.source.config)["patch_size"] ** 2
         captions = (f"teacher, {teacher_tokens} tokens", f"student, {kept.float().mean():.0f} tokens")
         plots.side_by_side(drawn["images"]["teacher"], drawn["images"]["student"], folder / "samples.png", captions)

@@ -42,7 +42,7 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
         return _facts(spec, StudentConfig(student.config), _headers(student.tensors), None, licence, origin)
     if path.exists() or not hub.is_hub_id(spec):
         if adapter:
-            return _adapter(spec, adapter) | {"provenance": provenance.read(path)}
+            return _adapter(spec, path) | {"provenance": provenance.read(path)}
         source = open_source(spec, revision=revision)
         return _facts(spec, source.config, _headers(source.tensors), source.revision, source.licence, source.origin)
     seen = hub.peek(spec, revision=revision)
@@ -54,11 +54,13 @@ def describe(spec: str, *, revision: str | None = None) -> dict[str, Any]:
 
 
 def _adapter(spec: str, folder: Path) -> dict[str, Any]:
-    """Facts of a DDiT adapter, alone or beside its base."""
-    config, tensors = load(folder, spec)
+    """Facts of the DDiT adapters in a folder, alone or beside their base."""
+    found = load(folder, spec)
+    config = found[0][0]
     origin = provenance.read(folder) or provenance.read(folder.parent) or {"base": {}}
     dtypes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    every = [tensor for _, tensors in found for tensor in tensors.values()]
+    for tensor in every:
         dtypes[DTYPE_NAMES[tensor.dtype]] += tensor.numel()
     return {
         "model": spec,
@@ -67,13 +69,14 @@ def _adapter(spec: str, folder: Path) -> dict[str, Any]:
         "licence": origin["base"].get("licence"),
         "base": config.base,
         "base_class": config.base_class,
+        "components": [config.component for config, _ in found],
         "patches": config.patches,
         "rank": config.rank,
         "threshold": config.threshold,
         "calibration": config.calibration,
         "parameters": dtypes.total(),
         "dtypes": dict(dtypes),
-        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in every),
     }
 
 

@@ -15,8 +15,10 @@ from upcycle.errors import UpcycleError
 
 # What folders of ours hold at their top; --force deletes nothing else.
 EXPORT = r"model_index\.json|transformer|vae|scheduler|upcycle\.json|README\.md|images"
-ADAPTER = r"ddit\.(json|safetensors|py)|upcycle\.json|README\.md|images"
-WITH_ADAPTER = rf"{EXPORT}|ddit|LICENSE.*|(text|image)_encoder(_\d)?|tokenizer(_\d)?|transformer_2|feature_extractor"
+ADAPTER = r"ddit\.(json|safetensors|py)|ddit_2|upcycle\.json|README\.md|images"
+WITH_ADAPTER = (
+    rf"{EXPORT}|ddit(_2)?|LICENSE.*|(text|image)_encoder(_\d)?|tokenizer(_\d)?|transformer_2|feature_extractor"
+)
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
 SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|prompt\d+-seed\d+\.(png|gif)|patches\.(json|png)"
 INSPECTION = r"report\.(html|json)|(samples|images)-(map-.+|tokens|detail|tail-drop|classes)\.png"
@@ -81,7 +83,7 @@ def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, .
         ours = EXPORT
     elif {"ddit.json", "ddit.safetensors"} <= {*names}:
         ours = ADAPTER
-    elif (target / "ddit" / "ddit.json").is_file():
+    elif any((target / place / "ddit.json").is_file() for place in ("ddit", "ddit_2")):
         ours = WITH_ADAPTER
     elif "report.json" in names and _is_student(target / "pipeline" / "transformer"):
         ours = DEMO

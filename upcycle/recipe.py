@@ -178,6 +178,8 @@ class Recipe(_Strict):
 
     ``method``: ``dc-dit`` trains dynamic chunking; ``ddit`` an adapter for coarser patches, which starts as ``ddit``
     says, has its own base for a teacher, of the losses ``distill`` alone, and trains one size in each step.
+    ``component``: of a pipeline with two transformers (Wan 2.2) the one to train, over its own noise levels; without it
+    both are in memory and train.
 
     ``batch_size`` is the whole batch of an update, over all ranks and ``gradient_accumulation`` parts.
     ``teacher_precision``: of the teacher's weights and arithmetic; by default the one of ``mixed_precision``.
@@ -195,6 +197,7 @@ class Recipe(_Strict):
     student_revision: Text | None = None
     convert: Convert = Convert()
     ddit: DDiT = DDiT()
+    component: Literal["transformer", "transformer_2"] | None = None
     data: Text
     data_workers: Annotated[int, Field(ge=0)] = 2
     validation: Validation | None = None
@@ -255,6 +258,8 @@ class Recipe(_Strict):
         if self.method == "dc-dit":
             if self.ddit != DDiT():
                 raise ValueError("ddit: is for method: ddit; add that, or leave it out")
+            if self.component is not None:
+                raise ValueError("component: is for method: ddit; add that, or leave it out")
             return
         wrong = [name for name in ("convert", "preview", "teacher_precision", "vae", "heads", "compile")
                  if getattr(self, name) != type(self).model_fields[name].default]  # fmt: skip

@@ -73,6 +73,7 @@ def calibrate(
     quiet_libraries()
     with working(f"loading {model}"):
         from upcycle.graft.patches import adapter_folder, update
+        from upcycle.models import ddit
         from upcycle.sampling import patches
         from upcycle.sampling.prompts import find
         from upcycle.sources.student import is_student
@@ -104,8 +105,9 @@ def calibrate(
             options = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width,
                        "frames": num_frames}  # fmt: skip
             pipe, run, what = _of_prompts(found, prompt or [], options, seed, dtype, device)
-    done = patches.calibrate(pipe.transformer, run, speed_up, by_tokens=cost == "tokens", say=stderr.print)
-    if note := pipe.transformer.sampler_note:
+    models = ddit.switching(pipe)
+    done = patches.calibrate(models, run, speed_up, by_tokens=cost == "tokens", say=stderr.print)
+    if note := models[0].sampler_note:
         stderr.print(f"note: {note}")
     if abs(done.speed_up / speed_up - 1) > 0.1:
         stderr.print(f"note: no threshold that was tried comes nearer to {speed_up:g} than {done.speed_up:.2f}")
@@ -114,14 +116,15 @@ def calibrate(
         "speed_up": round(done.speed_up, 3), "asked": speed_up, "cost": cost,
         "sampler": type(pipe.scheduler).__name__, **what, "seed": seed, "steps_by_size": done.steps,
     }  # fmt: skip
-    update(Path(model), folder, threshold=done.threshold, variance=done.variance, calibration=stated)
+    written = update(Path(model), threshold=done.threshold, variance=done.variance, calibration=stated)
     if as_json:
-        print_json({"out": str(folder / "ddit.json"), "threshold": done.threshold,
+        print_json({"out": str(written[0]), "threshold": done.threshold,
                     "step_cost": done.step_cost, **stated})  # fmt: skip
         return
     shown = ", ".join(f"x{m}: {n}" for m, n in done.steps.items())
     stdout.print(f"threshold {done.threshold:.4g}: {done.speed_up:.2f} x in the denoising steps ({shown})")
-    stdout.print(str(folder / "ddit.json"), style="bold")
+    for file in written:
+        stdout.print(str(file), style="bold")
 
 
 def _of_classes(

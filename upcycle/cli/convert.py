@@ -64,7 +64,7 @@ def convert(
         bool, typer.Option("--adapter-only", help="ddit: write the adapter without the base's files.")
     ] = False,
     component: Annotated[
-        str | None, typer.Option(help="ddit: which transformer of the pipeline. Default: transformer.")
+        str | None, typer.Option(help="ddit: which transformer of the pipeline. Default: all (Wan 2.2 has two).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the fresh parameters.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB.")] = "10GB",
@@ -83,7 +83,7 @@ def convert(
         from upcycle.cli.convert_patches import convert_patches, parse_patches
 
         convert_patches(
-            source, out, parse_patches(patches), 32 if rank is None else rank, component or "transformer",
+            source, out, parse_patches(patches), 32 if rank is None else rank, component,
             adapter_only=adapter_only, revision=revision, variant=variant, seed=seed, verify=not no_verify,
             dry_run=dry_run, as_json=as_json, force=force,
         )  # fmt: skip

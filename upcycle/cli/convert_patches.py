@@ -1,6 +1,7 @@
 """`upcycle convert --method ddit`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from upcycle.errors import UpcycleError
@@ -22,7 +23,7 @@ def convert_patches(
     out: Path | None,
     patches: tuple[int, ...],
     rank: int,
-    component: str,
+    component: str | None,
     *,
     adapter_only: bool,
     revision: str | None,
@@ -33,26 +34,36 @@ def convert_patches(
     as_json: bool,
     force: bool,
 ) -> None:
-    """Make an adapter for coarser patches, with the base beside it unless ``adapter_only``; print what was made."""
+    """Make an adapter for coarser patches, with the base beside it unless ``adapter_only``; print what was made.
+
+    Of a pipeline with two transformers both get one, unless ``component`` names one of them.
+    """
     from upcycle.cli.show import count, print_json, progress, quiet_libraries, size, stdout, working
 
     quiet_libraries()
     with working(f"reading {source}"):
         from upcycle.graft import patches as surgery
         from upcycle.output import check_output
-        from upcycle.sources.backbone import open_backbone
+        from upcycle.sources.backbone import open_backbones
 
         if out is not None and not dry_run:
             check_output(out, force)
         whole = not adapter_only and not dry_run
-        opened = open_backbone(source, component=component, revision=revision, variant=variant, whole=whole)
-        options = surgery.Options(patches, rank, component=component, seed=seed)
-        made = surgery.make_plan(opened, options, adapter_only=adapter_only)
+        found = open_backbones(source, component=component, revision=revision, variant=variant, whole=whole)
+        options = surgery.Options(patches, rank, seed=seed)
+        plans = [
+            surgery.make_plan(each, replace(options, component=each.subfolder or component or options.component),
+                              adapter_only=adapter_only)
+            for each in found
+        ]  # fmt: skip
+    opened, made = found[0], plans[0]
     out = out or Path(f"{opened.name}-ddit")
-    share = made.parameters["fresh"] / made.parameters["reused"]
+    parameters = {name: sum(plan.parameters[name] for plan in plans) for name in made.parameters}
+    share = parameters["fresh"] / parameters["reused"]
     facts = {
         "out": str(out), "method": "ddit", "base_class": opened.base_class, "patches": list(patches), "rank": rank,
-        "parameters": made.parameters, "adapter_share": share, "adapter_only": adapter_only,
+        "components": [plan.options.component for plan in plans],
+        "parameters": parameters, "adapter_share": share, "adapter_only": adapter_only,
         "licence": opened.licence, "notes": made.notes,
     }  # fmt: skip
     errors = None
@@ -60,7 +71,7 @@ def convert_patches(
         check_output(out, force, keep=(opened.folder,) if os.path.exists(source) else ())
         with progress() as bar:
             task = bar.add_task("converting", total=len(made.files) + 1)
-            surgery.convert(made, out, force=force, written=lambda n: bar.advance(task))
+            surgery.convert(plans, out, force=force, written=lambda n: bar.advance(task))
         if verify and opened.base_class == "DiTTransformer2DModel":
             with working("comparing with the base"):
                 from upcycle.evaluation.coarse import before_training
@@ -69,14 +80,17 @@ def convert_patches(
         facts |= {"exact_at_1": errors["exact"] if errors else None,
                   "relative_error": errors["by_level"] if errors else None}  # fmt: skip
     if as_json:
-        print_json(facts if not dry_run else facts | {"writes": {"files": made.files, "bytes": made.bytes}})
+        print_json(
+            facts if not dry_run else facts | {"writes": {"files": made.files, "bytes": surgery.bytes_of(plans)}}
+        )
         return
     stdout.print(
         f"{source} -> {out}" if dry_run else f"{opened.base_class}, patches x {', x '.join(map(str, patches))}"
     )
-    stdout.print(
-        f"adapter: {count(made.parameters['fresh'])} parameters, {share:.1%} of the base; writes {size(made.bytes)}"
-    )
+    writes = size(surgery.bytes_of(plans))
+    stdout.print(f"adapter: {count(parameters['fresh'])} parameters, {share:.1%} of the base; writes {writes}")
+    if len(plans) > 1:
+        stdout.print(f"for transformer, and for transformer_2, which takes over below noise {opened.boundary}")
     if errors:
         stdout.print(f"at m = 1: {'the bits of the base' if errors['exact'] else 'not the bits of the base'}")
         for m, levels in errors["by_level"].items():

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from upcycle.errors import UpcycleError
-
 EPILOG = """
 [bold]Examples[/bold]\n
   upcycle finetune recipes/digits.yaml\n
@@ -46,8 +44,6 @@ def finetune(
 
     quiet_libraries()
     if dry_run:
-        if checked.method == "ddit":
-            raise UpcycleError("--dry-run does not estimate method ddit yet; leave it out")
         _show_cost(checked, measure=not no_measure, as_json=as_json)
         return
     with working(f"preparing {checked.out}"):
@@ -104,9 +100,9 @@ def _show_cost(recipe: Any, *, measure: bool, as_json: bool) -> None:
     from upcycle.cli.show import count, print_json, size, stdout, working
 
     with working(f"estimating {recipe.out}"):
-        from upcycle.training import cost, run
+        from upcycle.training import cost, cost_patches, run
 
-        report = cost.estimate(recipe, measure=measure)
+        report = (cost_patches if recipe.method == "ddit" else cost).estimate(recipe, measure=measure)
     if not run.ranks().is_main_process:
         return
     if as_json:
@@ -122,8 +118,9 @@ def _show_cost(recipe: Any, *, measure: bool, as_json: bool) -> None:
     how = f"{report['ranks']} x {report['device']}" + (", sharded (FSDP)" if report["sharded"] else "")
     table.add_row("runs on", how)
     table.add_row("batch", f"{batch['size']}: {batch['at_once']} at once on a rank")
-    for name in (*cost.GROUPS, "total"):
-        table.add_row(f"parameters, {name}", count(parameters[name]))
+    for name, number_of in parameters.items():
+        if name != "trained":
+            table.add_row(f"parameters, {name}", count(number_of))
     table.add_section()
     for name, value in report["memory_per_rank"].items():
         if value:

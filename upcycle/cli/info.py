@@ -102,6 +102,8 @@ def _add_adapter(table: Any, facts: dict[str, Any]) -> None:
 
     table.add_row("kind", "an adapter for coarser patches (DDiT)")
     table.add_row("for", f"{facts['base'] or 'not known'}, a {facts['base_class']}")
+    if len(facts["components"]) > 1:
+        table.add_row("on", " and ".join(facts["components"]))
     table.add_row("patches", f"x {', x '.join(map(str, facts['patches']))}; rank {facts['rank']}")
     found = facts["calibration"]
     at = f": {found['speed_up']} x in {found['steps']} steps" if found else ""

@@ -35,6 +35,7 @@ def sample_prompts(
     with working(f"loading {found.spec}"):
         import torch
 
+        from upcycle.models import ddit
         from upcycle.output import new_folder
         from upcycle.sampling import patches
         from upcycle.sampling import prompts as text
@@ -45,10 +46,11 @@ def sample_prompts(
         wish = text.settings(found, steps, guidance_scale, height, width, num_frames)
         pipe = text.load_text_pipeline(found, torch_dtype(dtype) if dtype else text.default_dtype(device))
         text.check_sides(pipe, wish)
-        model = pipe.transformer
+        with_adapter = ddit.switching(pipe)
+        model = with_adapter[0] if with_adapter else pipe.transformer  # two share a schedule
         patches.set_schedule(model, found.spec, **coarser)
         to_device(pipe, device)
-    switching = hasattr(model, "ddit")
+    switching = bool(with_adapter)
     for note in patches.notes(model, wish.steps):
         stderr.print(f"note: {note}")
     pairs = [(number, words) for number, words in enumerate(prompts) for _ in range(num)]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from upcycle.output import new_folder, write_text
 from upcycle.sources.backbone import Backbone, copied_files
 from upcycle.sources.tensors import check_finite
 
-ADAPTER = "ddit"
-"""Folder of the adapter inside a converted pipeline."""
+Adapter = tuple[ddit.DDiTConfig, dict[str, torch.Tensor]]
 
 _PREDICTIONS = {"DiTTransformer2DModel": "epsilon", "ZImageTransformer2DModel": "negative flow"}
 
@@ -36,7 +35,7 @@ class Options:
 
 @dataclass
 class Plan:
-    """A conversion, ready to be carried out by `convert`."""
+    """The conversion of one transformer, ready to be carried out by `convert`."""
 
     backbone: Backbone
     options: Options
@@ -56,9 +55,15 @@ class Plan:
         return [] if self.adapter_only else copied_files(self.backbone)
 
     @property
-    def bytes(self) -> int:
-        fresh = sum(tensor.nbytes for tensor in self.tensors.values())
-        return fresh + sum((self.backbone.folder / name).stat().st_size for name in self.files)
+    def fresh_bytes(self) -> int:
+        """Of the adapter's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def bytes_of(plans: Sequence[Plan]) -> int:
+    """What `convert` will write."""
+    base = plans[0].backbone.folder
+    return sum(plan.fresh_bytes for plan in plans) + sum((base / name).stat().st_size for name in plans[0].files)
 
 
 def make_plan(backbone: Backbone, options: Options, *, adapter_only: bool = False) -> Plan:
@@ -108,11 +113,15 @@ def _noise_schedule(backbone: Backbone) -> dict[str, Any]:
     return {key: theirs[key] for key in keys if key in theirs}
 
 
-def convert(plan: Plan, out: Path, *, force: bool = False, written: Callable[[int], None] = lambda n: None) -> None:
-    """Write the adapter, and unless it is wanted alone the base's files as they are, to ``out``.
+def convert(
+    plans: Sequence[Plan], out: Path, *, force: bool = False, written: Callable[[int], None] = lambda n: None
+) -> None:
+    """Write the adapters, and unless they are wanted alone the base's files as they are, to ``out``.
 
-    ``written`` is told the bytes of each file as it is done. Nothing is left half-written.
+    ``plans``: of the transformers of one pipeline. ``written`` is told the bytes of each file as it is done. Nothing is
+    left half-written.
     """
+    plan = plans[0]
     backbone = plan.backbone
     keep = (backbone.folder,) if Path(backbone.spec).expanduser().exists() else ()
     base = {
@@ -121,79 +130,85 @@ def convert(plan: Plan, out: Path, *, force: bool = False, written: Callable[[in
         "revision": backbone.revision,
         "licence": backbone.licence,
     }
-    done = provenance.event(
-        "convert", method="ddit", source=backbone.spec, revision=backbone.revision, options=asdict(plan.options)
-    )
-    with new_folder(out, force, bytes_needed=plan.bytes, keep=keep) as folder:
+    options = asdict(plan.options)
+    if len(plans) > 1:
+        options["component"] = [each.options.component for each in plans]
+    done = provenance.event("convert", method="ddit", source=backbone.spec, revision=backbone.revision, options=options)
+    with new_folder(out, force, bytes_needed=bytes_of(plans), keep=keep) as folder:
         for name in plan.files:
             target = folder / (name if backbone.subfolder else f"transformer/{name}")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(backbone.folder / name, target)
             written(target.stat().st_size)
-        adapter = folder if plan.adapter_only else folder / ADAPTER
-        write_adapter(adapter, plan.config, plan.tensors, provenance.metadata(base, [done]))
-        written(sum(tensor.nbytes for tensor in plan.tensors.values()))
+        made = [(each.config, each.tensors) for each in plans]
+        write_adapters(folder, made, provenance.metadata(base, [done]), beside=not plan.adapter_only)
+        written(sum(each.fresh_bytes for each in plans))
         provenance.write(folder, base, [done])
 
 
-def load(folder: Path, name: str) -> tuple[ddit.DDiTConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of an adapter; raises `UpcycleError`, which calls it ``name``, where it is none or damaged."""
+def load(folder: Path, name: str) -> list[Adapter]:
+    """Config and tensors of every adapter in a folder; raises `UpcycleError`, which calls it ``name``, where there is
+    none, or one is damaged."""
     try:
-        return ddit.load_adapter(folder)
+        return ddit.load_adapters(folder)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UpcycleError(f"{name}: {' '.join(str(error).split())}") from error
 
 
 def export(
-    tensors: dict[str, torch.Tensor],
-    config: ddit.DDiTConfig,
+    trained: list[Adapter],
     start: Path,
     out: Path,
     *,
     event: dict[str, Any],
     evidence: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Save a trained adapter to ``out``, with the base's files where ``start`` has them; provenance goes on."""
+    """Save trained adapters to ``out``, with the others of ``start`` and the base's files where it has them; provenance
+    goes on."""
+    config = trained[0][0]
     before = provenance.read(start)
     before = before or {"base": {"id": config.base, "kind": "diffusers", "revision": config.base_revision,
                                  "licence": None}, "history": []}  # fmt: skip
     base, history = before["base"], [*before["history"], event]
-    beside = (start / ADAPTER / ddit.CONFIG).is_file()
+    beside = not (start / ddit.CONFIG).is_file()
+    new = {config.component: (config, tensors) for config, tensors in trained}
+    whole = [new.get(config.component, (config, tensors)) for config, tensors in load(start, str(start))]
     with new_folder(out, force=True, keep=(start,)) as folder:
         if beside:
             left_out = shutil.ignore_patterns(".*", "__pycache__", provenance.FILE, "README.md", "images")
             for path in start.iterdir():
-                if path.is_dir() and path.name not in (ADAPTER, "images") and not path.name.startswith("."):
+                if path.is_dir() and path.name not in (*ddit.PLACES, "images") and not path.name.startswith("."):
                     shutil.copytree(path, folder / path.name, ignore=left_out)
                 elif path.is_file() and (path.name == "model_index.json" or path.name.startswith("LICENSE")):
                     shutil.copyfile(path, folder / path.name)
-        where = folder / ADAPTER if beside else folder
-        write_adapter(where, config, tensors, provenance.metadata(base, history))
+        write_adapters(folder, whole, provenance.metadata(base, history), beside=beside)
         if (out / "README.md").is_file():
             shutil.copyfile(out / "README.md", folder / "README.md")  # somebody's
         provenance.write(folder, base, history, evidence=evidence)
 
 
-def write_adapter(
-    folder: Path, config: ddit.DDiTConfig, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-) -> None:
-    """Write the files of an adapter, with provenance in the header of its weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ddit.write_adapter(folder, config, tensors, metadata)
+def write_adapters(folder: Path, adapters: Sequence[Adapter], metadata: dict[str, str], *, beside: bool) -> None:
+    """Write the files of adapters, each in its place (`ddit.PLACES`), with provenance in the header of its weights.
+
+    ``beside``: the pipeline is in ``folder`` too; otherwise the first adapter lies at its top.
+    """
+    for number, (config, tensors) in enumerate(adapters):
+        place = ddit.PLACES[config.component == ddit.COMPONENTS[1]]
+        where = folder / place if beside or number else folder
+        where.mkdir(parents=True, exist_ok=True)
+        ddit.write_adapter(where, config, tensors, metadata)
 
 
-def update(folder: Path, adapter: Path, **changes: Any) -> None:
-    """Change the config of the adapter that lies in ``folder``, and its digest there."""
-    config, _ = load(adapter, str(folder))
-    config = replace(config, **changes)
-    write_text(adapter / ddit.CONFIG, json.dumps(asdict(config), indent=2) + "\n")
+def update(folder: Path, **changes: Any) -> list[Path]:
+    """Change the configs of the adapters that lie in ``folder``, and their digests there; returns their files."""
+    files = [path / ddit.CONFIG for path in ddit.adapter_folders(folder)]
+    for file, (config, _) in zip(files, load(folder, str(folder)), strict=True):
+        write_text(file, json.dumps(asdict(replace(config, **changes)), indent=2) + "\n")
     if (folder / provenance.FILE).is_file():
-        provenance.add_evidence(folder, drawn=[(adapter / ddit.CONFIG).relative_to(folder).as_posix()])
+        provenance.add_evidence(folder, drawn=[file.relative_to(folder).as_posix() for file in files])
+    return files
 
 
 def adapter_folder(folder: Path) -> Path | None:
-    """Where a folder holds an adapter: at its top or beside the pipeline; None where it holds none."""
-    for path in (folder, folder / ADAPTER):
-        if (path / ddit.CONFIG).is_file():
-            return path
-    return None
+    """Where a folder holds its first adapter: at its top or beside the pipeline; None where it holds none."""
+    return next(iter(ddit.adapter_folders(folder)), None)

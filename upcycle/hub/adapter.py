@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from upcycle import provenance
-from upcycle.graft.patches import adapter_folder, load
+from upcycle.graft.patches import Adapter, adapter_folder, load
 from upcycle.models import ddit
 
 TAGS = {
@@ -21,12 +19,16 @@ TAGS = {
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter that is to be shared; ``beside``: its base lies in the folder too."""
+    """Adapters of one pipeline that are to be shared; ``beside``: their base lies in the folder too."""
 
-    config: ddit.DDiTConfig
-    tensors: dict[str, torch.Tensor]
+    adapters: list[Adapter]
     origin: dict[str, Any] | None
     beside: bool
+
+    @property
+    def config(self) -> ddit.DDiTConfig:
+        """Of the first one."""
+        return self.adapters[0][0]
 
     @property
     def licence(self) -> str | None:
@@ -35,12 +37,11 @@ class AdapterSource:
 
 
 def open_adapter(folder: Path) -> AdapterSource | None:
-    """The adapter in ``folder``; None where there is none. Raises `UpcycleError` where it is damaged."""
+    """The adapters in ``folder``; None where there is none. Raises `UpcycleError` where one is damaged."""
     where = adapter_folder(folder)
     if where is None:
         return None
-    config, tensors = load(where, str(folder))
-    return AdapterSource(config, tensors, provenance.read(folder), where != folder)
+    return AdapterSource(load(folder, str(folder)), provenance.read(folder), where != folder)
 
 
 def sections(repo_id: str, source: AdapterSource, files: Collection[str]) -> dict[str, str]:
@@ -62,7 +63,10 @@ def sections(repo_id: str, source: AdapterSource, files: Collection[str]) -> dic
         loading += ")  # the base: where you have it"
     else:
         loading += ")"
-    count = sum(tensor.numel() for tensor in source.tensors.values())
+    count = sum(tensor.numel() for _, tensors in source.adapters for tensor in tensors.values())
+    at = next((f"/{place}" for place in ddit.PLACES if f"{place}/ddit.py" in files), "") if source.beside else ""
+    both = len(source.adapters) > 1
+    wanted = "*ddit.*" if both else f"{at[1:]}/ddit.*" if at else "ddit.*"
     return {
         "summary": (
             f"# {repo_id.split('/')[-1]}\n\n{what} for {name} that lets it take patches {sizes} times as large in the "
@@ -73,14 +77,14 @@ def sections(repo_id: str, source: AdapterSource, files: Collection[str]) -> dic
             "## Use\n\n`ddit.py` lies beside the adapter and needs diffusers alone:\n\n```python\n"
             "import importlib.util\nimport sys\n\nfrom diffusers import DiffusionPipeline\n"
             "from huggingface_hub import snapshot_download\n\n"
-            f'folder = snapshot_download("{repo_id}", allow_patterns="{"ddit/" if source.beside else ""}ddit.*")'
-            f"{' + ' + repr('/ddit') if source.beside else ''}\n"
-            'spec = importlib.util.spec_from_file_location("ddit", folder + "/ddit.py")\n'
+            f'folder = snapshot_download("{repo_id}", allow_patterns="{wanted}")\n'
+            f'spec = importlib.util.spec_from_file_location("ddit", folder + "{at}/ddit.py")\n'
             'ddit = sys.modules["ddit"] = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(ddit)\n\n'
             f"pipe = DiffusionPipeline.from_pretrained({loading}\n"
             "ddit.apply(pipe, folder)  # threshold=..., or fixed=[(4, 0.3), (2, 0.5), (1, 0.2)]\n```\n\n"
             "`pipe.transformer.schedule.log` says which size each step took and why. With `upcycle`: "
             f"`from upcycle.models import ddit`."
+            + (" Both transformers have an adapter, and share the schedule." if both else "")
         ),
         "cost": f"## Cost\n\n{count / 1e6:.4g} M parameters, rank {config.rank}. Speed: not measured.",
         "schedule": _schedule(config),

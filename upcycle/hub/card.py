@@ -224,6 +224,7 @@ def _measured(found: Mapping[str, Any]) -> str:
 
 
 def _cost(config: Mapping[str, Any], export: Export, evidence: list[dict[str, Any]]) -> str:
+    assert not isinstance(export.source, AdapterSource)
     count = sum(math.prod(tensor.shape) for tensor in export.source.tensors.values())
     lines = ["## Cost", "", f"{count / 1e6:.4g} M parameters.", ""]
     lines += [f"| tail drop ρ | TFLOPs per image ({PAPER_STEPS} steps, unguided) |", "|---|---|"]
@@ -304,7 +305,7 @@ def _made(config: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
 def _of_its_method(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without the options that its method does not look at."""
     if recipe.get("method") != "ddit":
-        return {key: value for key, value in recipe.items() if key not in ("method", "ddit")}
+        return {key: value for key, value in recipe.items() if key not in ("method", "ddit", "component")}
     others = ("convert", "preview", "teacher_precision", "vae", "heads", "compile")
     stages = [
         {key: value for key, value in stage.items() if key not in ("freeze", "anneal", "tail_drop", "teacher_guidance")}

@@ -25,14 +25,16 @@ def main(folder: Path) -> None:
     import diffusers
     import torch
 
-    where = folder if (folder / "ddit.json").is_file() else folder / "ddit"
-    spec: Any = importlib.util.spec_from_file_location("ddit", where / "ddit.py")
+    places = [path for path in (folder, folder / "ddit", folder / "ddit_2") if (path / "ddit.py").is_file()]
+    spec: Any = importlib.util.spec_from_file_location("ddit", places[0] / "ddit.py")
     ddit: Any = importlib.util.module_from_spec(spec)
     sys.modules["ddit"] = ddit
     spec.loader.exec_module(ddit)
-    config, tensors = ddit.load_adapter(where)
-    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
-    if (folder / config.component / "config.json").is_file():
+    finite = True
+    for config, tensors in ddit.load_adapters(folder):
+        finite = finite and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        if not (folder / config.component / "config.json").is_file():
+            continue
         model = getattr(diffusers, config.base_class).from_pretrained(folder / config.component)
         ddit.attach(model, config, tensors)
         if config.base_class == "DiTTransformer2DModel":

@@ -5,6 +5,7 @@ embeddings once in ``prompts.safetensors``, named ``<number>/<what>``. Legend: T
 """
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from upcycle.errors import UpcycleError
+from upcycle.graft.writer import write_safetensors
 from upcycle.latents.folder import INDEX, LatentWriter, _appearing, read_index
 from upcycle.latents.reader import LatentFolder
 from upcycle.latents.synthesize import draw_shards
 from upcycle.latents.vae import weights_hash
 from upcycle.sampling.prompts import Found, Settings, draw_latents, latent_shape
+from upcycle.sources.safetensors_file import read_safetensors
+from upcycle.sources.tensors import LazyTensor
 from upcycle.sources.vae import describe_vae
 
 FILE = "prompts.safetensors"
+AT_ONCE = 64
+"""Prompts whose embeddings are in memory."""
 NAMES = {
     "FluxTransformer2DModel": ("encoder_hidden_states", "pooled_projections"),  # [T, D], [D']
     "WanTransformer3DModel": ("encoder_hidden_states",),  # [T, D], zeros after the text
@@ -80,15 +86,20 @@ def write_embeddings(pipe: Any, out: Path, texts: list[str], on_prompt: Callable
             raise UpcycleError(f"{out} was made of other prompts; give the same, or choose another folder with -o")
         if path.is_file() and told["sha256"] == _hash(path):
             return told
-    made: dict[str, torch.Tensor] = {}
-    for number, text in enumerate(texts):
-        made |= {f"{number}/{name}": value.cpu().contiguous() for name, value in embed(pipe, text).items()}
-        on_prompt()
     out.mkdir(parents=True, exist_ok=True)
-    with _appearing(path) as partial:
-        save_file(made, partial)
-        partial.chmod(0o644)  # safetensors lets nobody else read
-    return {"file": FILE, "sha256": _hash(path), "texts": texts}
+    # Through files of a few: megabytes a prompt, of many prompts, would not fit into memory.
+    with _appearing(path) as partial, tempfile.TemporaryDirectory(dir=out, prefix=".prompts-") as parts:
+        pieces: dict[str, LazyTensor] = {}
+        for first in range(0, len(texts), AT_ONCE):
+            made: dict[str, torch.Tensor] = {}
+            for number, text in enumerate(texts[first : first + AT_ONCE], first):
+                made |= {f"{number}/{name}": value.cpu().contiguous() for name, value in embed(pipe, text).items()}
+                on_prompt()
+            part = Path(parts) / f"{first}.safetensors"
+            save_file(made, part)
+            pieces |= read_safetensors(part)
+        sha256 = write_safetensors(partial, pieces.items(), {})
+    return {"file": FILE, "sha256": sha256, "texts": texts}
 
 
 def _hash(path: Path) -> str:

@@ -48,6 +48,10 @@ _CODE = Path(__file__).read_bytes()
 CODE_SHA256 = hashlib.sha256(_CODE).hexdigest()
 
 CONFIG, WEIGHTS = "ddit.json", "ddit.safetensors"
+COMPONENTS = ("transformer", "transformer_2")
+"""Transformers of a pipeline; where there are two (Wan 2.2) the second one takes over at low noise."""
+PLACES = ("ddit", "ddit_2")
+"""Folders of their adapters beside a pipeline. Adapters alone: the first at the top, a second one in its folder."""
 PERCENTILE, ORDER = 0.4, 3  # the paper's (section 3.3 and its ablation)
 VARIANCE = 0.1  # of the data outside of what coarse patches hold, until `calibrate` measures it
 
@@ -88,6 +92,11 @@ class DDiTConfig:
     base: str | None = None
     base_revision: str | None = None
     calibration: dict[str, Any] | None = None
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The settings that a `PatchSchedule` starts with."""
+        return {"threshold": self.threshold, "percentile": self.percentile, "order": self.order}
 
     def __post_init__(self):
         if self.base_class not in BACKBONES:
@@ -270,14 +279,35 @@ class Switch:
         self.whole = (1, 1)
 
 
-class Coarse:
-    """A stock layer with others for coarse patches below it; the class of the stock layer comes after this one.
+class Switching:
+    """A stock layer that looks at the switch; the class of the stock layer comes after this one (`_switch`)."""
+
+    switch: Switch
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made here and has no name that pickle could find."""
+        kind, stock = type(self).__bases__
+        state: Any = super().__reduce_ex__(protocol)
+        return _blank_layer, (kind, stock), *state[2:]
+
+
+def _blank_layer(kind: type, stock: type) -> Any:
+    cls: Any = _switching_class(kind, stock)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _switching_class(kind: type, stock: type) -> type:
+    return type(stock.__name__, (kind, stock), {"__module__": stock.__module__})
+
+
+class Coarse(Switching):
+    """A stock layer with others for coarse patches below it.
 
     Every new parameter lies in a module that is called, which offloading needs.
     """
 
     coarse: nn.ModuleDict
-    switch: Switch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.switch.m == 1:
@@ -367,54 +397,79 @@ class PatchSchedule:
     bf16 latents their third difference drowns in rounding (docs/ddit.md). The largest size is taken whose
     ``percentile`` over patches of the deviation inside a patch lies below ``threshold``.
 
+    Two transformers of one pipeline share a schedule: what it looks at are latents, whose run goes on when the pipeline
+    turns to the other one.
+
     Args:
         noise: of the model.
         patches: factors, ascending, without 1.
-        threshold: tau; None: never coarse.
-        percentile: epsilon.
-        order: of the difference, 1 to 3; as many first steps are the finest.
-        fixed: [(m, share of the steps)] in order, in place of a decision. Calls are counted: a cache that skips some
-            from outside of the model makes it lag.
-        steps: how many a run has, for ``fixed``; `apply` asks the pipeline's scheduler.
-        policy: "min": one size for the batch, the smallest that any sample wants; "grouped": one call a size.
+        settings: of `set`.
     """
 
-    def __init__(
+    def __init__(self, noise: Noise, patches: list[int], **settings: Any):
+        self.noise, self.patches = noise, patches
+        self.forced: int | None = None
+        """Run at this factor, whatever is decided (`PatchSwitching.set_patches`)."""
+        self.steps: int | None = None
+        self.exact_times: Callable[[], torch.Tensor] | None = None
+        self.set(**settings)
+
+    def set(
         self,
-        noise: Noise,
-        patches: list[int],
         *,
         threshold: float | None = None,
         percentile: float = PERCENTILE,
         order: int = ORDER,
         fixed: list[tuple[int, float]] | None = None,
-        steps: int | Callable[[], int] | None = None,
+        steps: int | None = None,
         policy: str = "min",
-    ):
+    ) -> None:
+        """Decide by these from the next call on, which is the first step of a run.
+
+        Args:
+            threshold: tau; None: never coarse.
+            percentile: epsilon.
+            order: of the difference, 1 to 3; as many first steps are the finest.
+            fixed: [(m, share of the steps)] in order, in place of a decision. Calls are counted: a cache that skips
+                some from outside of the model makes it lag.
+            steps: how many a run has, for ``fixed``, kept until another number is given. Without it a schedule that
+                follows a pipeline (`follow`) takes those of its scheduler from the run's first noise level on.
+            policy: "min": one size for the batch, the smallest that any sample wants; "grouped": one call a size.
+
+        Raises:
+            ValueError: a value out of its range, or shares that do not add up to 1.
+        """
         if policy not in ("min", "grouped"):
             raise ValueError(f"policy must be min or grouped, got {policy!r}")
         _check_schedule(threshold, percentile, order)
         for m, _ in fixed or []:
-            if m != 1 and m not in patches:
-                raise ValueError(f"the schedule has {m}, and there are 1, {', '.join(map(str, patches))}")
+            if m != 1 and m not in self.patches:
+                raise ValueError(f"the schedule has {m}, and there are 1, {', '.join(map(str, self.patches))}")
         if not all(0 < share <= 1 for _, share in fixed or []):
             raise ValueError("the shares of a schedule must be above 0 and at most 1")
         if fixed and abs(sum(share for _, share in fixed) - 1) > 1e-6:
             raise ValueError("the shares of a schedule must add up to 1")
-        self.noise, self.patches, self.threshold, self.percentile = noise, patches, threshold, percentile
-        self.order, self.fixed, self.steps, self.policy = order, fixed, steps, policy
-        self.exact_times: Callable[[], torch.Tensor] | None = None
+        self.threshold, self.percentile, self.order, self.fixed, self.policy = (
+            threshold, percentile, order, fixed, policy
+        )  # fmt: skip
+        self.steps = steps or self.steps
         self.log: list[dict[str, Any]] = []
         self.always_look = False
         """Compute the deviations even without a threshold, for `calibrate`."""
         self.reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles know no pipeline: `follow` tells them."""
+        return {**vars(self), "exact_times": None}
+
     def reset(self) -> None:
         """Forget the run: the next call is the first step of another one. (Its `log` stays until then.)"""
         self._increments: list[torch.Tensor] = []
+        self._begun = 0.0
         self._time: float | None = None
         self._given_time: float | None = None
         self._latents: torch.Tensor | None = None
+        self._count = 0
         self._out: torch.Tensor | None = None
         self._sizes: list[int] = []
 
@@ -423,33 +478,38 @@ class PatchSchedule:
         """The factor of every sample. A call at the same noise level with the same latents is another branch of the
         guidance of one step, and gets the same answer. Reads from the device once, and again for deviations."""
         latents = sight.latents.detach()
-        batch = latents.shape[0]
+        batch = len(latents)
         half = batch // 2 if batch % 2 == 0 else 0
-        same = torch.zeros((), device=latents.device)
-        if self._latents is not None and self._latents.shape == latents.shape:
-            same = (self._latents == latents).all().float()
-        twins = (latents[:half] == latents[half:]).all().float() if half else torch.zeros_like(same)
-        time, same_latents, halves = torch.stack([sight.time.float().max(), same, twins]).tolist()
+        twins = _equal(latents[:half], latents[half:]) if half else torch.zeros((), device=latents.device)
+        facts = torch.stack([sight.time.float().max(), _equal(latents, self._latents), twins])
+        time, same_latents, halves = facts.tolist()
+        count = half if halves else batch  # of both halves of the guidance one
         if self._time is not None and time == self._given_time and same_latents:
-            return self._sizes
+            return self._sizes * (batch // count)
         given, time = time, self._exact(time)
         if self._time is not None:
-            level, before = self._level(time), self._level(self._time)
-            if level >= before or self._latents is None or self._latents.shape != latents.shape:
+            before = self._latents
+            # Guidance may begin or end in mid-run; samples that began as twins may part.
+            goes_on = before is not None and latents.shape[1:] == before.shape[1:] and (
+                count in (self._count, len(before))
+            )  # fmt: skip
+            if not goes_on or self._level(time) >= self._level(self._time):
                 self.reset()
         if self._time is None:
-            self.log = []
-        count = half if halves else batch
+            self.log, self._begun = [], time
         step = len(self.log)
         entry: dict[str, Any] = {"step": step, "time": time}
         moved = self._time is not None and self._out is not None and self._latents is not None
         if moved and not self.fixed:
             assert self._latents is not None
             assert self._out is not None
-            then, now = (torch.tensor(t, device=latents.device) for t in (self._time, time))
-            z, out = self._latents[:count], self._out[:count]
-            self._increments = [*self._increments, self.noise.increment(z, out, then, now)][-self.order :]
+            device = latents.device  # two transformers may lie on two
+            then, now = (torch.tensor(t, device=device) for t in (self._time, time))
+            z, out = self._latents[:count].to(device), self._out[:count].to(device)
+            earlier = [x.to(device) for x in self._increments if len(x) == count]
+            self._increments = [*earlier, self.noise.increment(z, out, then, now)][-self.order :]
         self._time, self._given_time, self._latents, self._out = time, given, latents, None
+        self._count = count
         sizes = [1] * count
         if self.fixed:
             sizes = [self._fixed_at(step)] * count
@@ -469,8 +529,8 @@ class PatchSchedule:
                 sizes = [min(sizes)] * count
         entry["m"] = sizes[0] if len(set(sizes)) == 1 else sizes
         self.log.append(entry)
-        self._sizes = sizes * 2 if halves else sizes
-        return self._sizes
+        self._sizes = sizes
+        return sizes * (batch // count)
 
     @torch.no_grad()
     def observe(self, out: torch.Tensor) -> None:
@@ -503,7 +563,9 @@ class PatchSchedule:
 
     def _fixed_at(self, step: int) -> int:
         assert self.fixed is not None
-        total = self.steps() if callable(self.steps) else self.steps
+        total = self.steps
+        if total is None and self.exact_times is not None:  # img2img begins below the scheduler's first noise level
+            total = int((self.exact_times() <= self._begun).sum())
         if not total:
             raise ValueError("a fixed schedule needs the number of steps; set schedule.steps")
         reached = 0.0
@@ -531,6 +593,13 @@ class PatchSchedule:
         return torch.stack(rows).tolist()
 
 
+def _equal(a: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """Whether they are, 0 or 1 on the device of ``a``."""
+    if b is None or a.shape != b.shape or a.device != b.device:
+        return torch.zeros((), device=a.device)
+    return (a == b).all().float()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbones
 
@@ -544,35 +613,37 @@ class PatchSwitching:
     schedule: PatchSchedule
     _names: list[str]
     _projectors: dict[Any, torch.Tensor]
-    _forced: int | None = None
     _base_alone = False
 
     def set_patches(self, m: int | None) -> None:
-        """Run at this factor from now on, whatever the schedule says; None: as the schedule says."""
+        """Run at this factor from now on, whatever the schedule says; None: as the schedule says.
+
+        A call whose arguments cannot be coarsened (`look`) raises ValueError then; a schedule stays at m = 1 and warns.
+        """
         if m is not None and m != 1 and m not in self.ddit.patches:
             raise ValueError(f"patches must be 1, {', '.join(map(str, self.ddit.patches))} or None, got {m}")
-        self._forced = m
+        self.schedule.forced = m
 
     @contextmanager
     def at(self, m: int) -> Iterator[None]:
         """Run at this factor inside the block."""
-        before = self._forced
+        before = self.schedule.forced
         self.set_patches(m)
         try:
             yield
         finally:
-            self._forced = before
+            self.schedule.forced = before
 
     def set_schedule(self, **changes: Any) -> PatchSchedule:
-        """A new schedule with the config's settings, changed as told (see `PatchSchedule`); its ``log`` explains a
+        """Set the schedule to the config's settings, changed as told (`PatchSchedule.set`); its ``log`` explains a
         run."""
-        c, before = self.ddit, getattr(self, "schedule", None)
-        known: dict[str, Any] = {"threshold": c.threshold, "percentile": c.percentile, "order": c.order}
-        self.schedule = PatchSchedule(self.noise, c.patches, **{**known, **changes})
-        if before is not None:
-            self.schedule.exact_times = before.exact_times
-            self.schedule.steps = self.schedule.steps or before.steps
+        self.schedule.set(**{**self.ddit.schedule, **changes})
         return self.schedule
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class goes by the name of the stock one, which pickle would take for it."""
+        state: Any = super().__reduce_ex__(protocol)
+        return _blank_model, (type(self).__name__,), *state[2:]
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are not the base's, by name."""
@@ -604,16 +675,21 @@ class PatchSwitching:
         given = dict(zip(self._names, arguments, strict=False)) | options
         schedule = self.schedule
         active = schedule.threshold is not None or schedule.fixed is not None or schedule.always_look
-        sight = self.look(given) if active or self._forced not in (None, 1) else None
+        forced = schedule.forced
+        sight = self.look(given) if forced not in (None, 1) or (active and forced is None) else None
         if sight is None:
+            if forced not in (None, 1):
+                raise ValueError(f"set_patches({forced}): {_NO_RASTER}")
+            if active and forced is None:
+                warnings.warn(f"a step stays at m = 1: {_NO_RASTER}", stacklevel=3)
             self._turn_to(1)
             return super().forward(**given)  # type: ignore[misc]
-        sizes = [self._forced] if self._forced is not None else schedule.decide(sight)
+        sizes = [forced] if forced is not None else schedule.decide(sight)
         if len(set(sizes)) == 1:
             out = self._at(sizes[0], given, sight)
         else:
             out = self._grouped(sizes, given, sight)
-        if self._forced is None:
+        if forced is None:
             schedule.observe(self.to_latents(out, sight))
         return Transformer2DModelOutput(sample=out) if given.get("return_dict", True) else (out,)
 
@@ -703,6 +779,17 @@ class PatchSwitching:
         return out if out.ndim == 5 else out[:, :, None]
 
 
+_NO_RASTER = (
+    "these arguments cannot be coarsened: more than one raster of tokens (reference images, regions, images of several "
+    "sizes), or a ControlNet's output for every fine token"
+)
+
+
+def _blank_model(name: str) -> Any:
+    cls = BACKBONES[name]
+    return cls.__new__(cls)
+
+
 def _rows(value: Any, rows: list[int], batch: int) -> Any:
     """These samples of an argument that has one entry a sample; others as they are."""
     if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == batch:
@@ -748,10 +835,8 @@ class _DiT(PatchSwitching, DiTTransformer2DModel):
         return out[..., : x.shape[-2], : x.shape[-1]]
 
 
-class _CoarsePositions:
+class _CoarsePositions(Switching):
     """`PatchEmbed` of a DiT whose coarse tokens sit at the centres of the fine ones that they cover."""
-
-    switch: Switch
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         m = self.switch.m
@@ -880,10 +965,8 @@ class _Wan(PatchSwitching, WanTransformer3DModel):
         return out[..., : x.shape[-2], : x.shape[-1]]
 
 
-class _CoarseRope:
+class _CoarseRope(Switching):
     """`WanRotaryPosEmbed` at the centres of coarse patches."""
-
-    switch: Switch
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
         m = self.switch.m
@@ -960,7 +1043,7 @@ class _ZImage(PatchSwitching, ZImageTransformer2DModel):
         return super().unpatchify(x, size, patch_size * self.switch.m, f_patch_size, x_pos_offsets)
 
 
-class _FractionalRope:
+class _FractionalRope(Switching):
     """`RopeEmbedder` of Z-Image that takes positions between its table's."""
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -1086,7 +1169,8 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def _switch(layer: Any, kind: type, switch: Switch) -> None:
-    layer.__class__ = type(type(layer).__name__, (kind, type(layer)), {"__module__": type(layer).__module__})
+    stock: type = type(layer)
+    layer.__class__ = _switching_class(kind, stock)
     layer.switch = switch
 
 
@@ -1147,7 +1231,7 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
         _switch(_layer(model, layers.positions[0]), layers.positions[1], switch)
     model.__class__ = cls
     model.switch, model.ddit, model.noise, model._projectors = switch, config, Noise(config), {}
-    model.set_schedule()
+    model.schedule = PatchSchedule(model.noise, config.patches, **config.schedule)
     return model
 
 
@@ -1193,13 +1277,33 @@ def write_adapter(
     (folder / "ddit.py").write_bytes(_CODE)
 
 
-def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
-    """Config and tensors of an adapter's folder; raises ValueError where there is none, or its files are no such."""
-    path = Path(folder)
-    if not (path / CONFIG).is_file() and (path / "ddit" / CONFIG).is_file():
-        path = path / "ddit"  # beside the pipeline that it is for
-    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+def adapter_folders(folder: str | Path) -> list[Path]:
+    """Where the adapters lie in a folder, that of the first transformer first (`PLACES`); empty where there is none."""
+    top = Path(folder)
+    first = [path for path in (top, top / PLACES[0]) if (path / CONFIG).is_file()]
+    return first[:1] + [path for path in (top / PLACES[1],) if (path / CONFIG).is_file()]
+
+
+def load_adapters(folder: str | Path) -> list[tuple[DDiTConfig, dict[str, torch.Tensor]]]:
+    """Config and tensors of every adapter in a folder; raises ValueError where there is none, or its files are no
+    such."""
+    folders = adapter_folders(folder)
+    if not folders:
         raise ValueError(f"{folder} is no folder of an adapter: it has no {CONFIG} and {WEIGHTS}")
+    found = [_load_adapter(path) for path in folders]
+    if len({config.component for config, _ in found}) < len(found):
+        raise ValueError(f"{folder} holds two adapters for the same {found[0][0].component}")
+    return found
+
+
+def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
+    """The first of `load_adapters`."""
+    return load_adapters(folder)[0]
+
+
+def _load_adapter(path: Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
+    if not (path / WEIGHTS).is_file():
+        raise ValueError(f"{path} is no folder of an adapter: it has no {CONFIG} and {WEIGHTS}")
     content = json.loads((path / CONFIG).read_text())
     known = inspect.signature(DDiTConfig).parameters
     if not isinstance(content, dict) or set(content) - set(known):
@@ -1207,15 +1311,20 @@ def load_adapter(folder: str | Path) -> tuple[DDiTConfig, dict[str, torch.Tensor
     try:
         return DDiTConfig(**content), load_file(path / WEIGHTS)
     except (TypeError, SafetensorError) as e:
-        raise ValueError(f"{folder} holds a damaged adapter: {e}") from e
+        raise ValueError(f"{path} holds a damaged adapter: {e}") from e
 
 
-def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
-    """Put an adapter on a stock pipeline (or a transformer), in place; returns the transformer.
+def apply(pipeline: Any, folder: str | Path, *, revision: str | None = None, **schedule: Any) -> Any:
+    """Put the adapters of a folder on a stock pipeline (or the only one on a transformer), in place; returns the
+    transformer, of two the first (`switching` has both).
+
+    Two transformers share one schedule, with the settings of the first adapter: its history goes on when the pipeline
+    turns to the other, and a fixed schedule counts the steps of the whole run.
 
     Args:
         folder: the adapter's, or an id on the Hub.
-        schedule: ``threshold``, ``fixed``, ``percentile``, ``order`` or ``policy`` (`PatchSchedule`) other than the
+        revision: branch, tag or commit of an id.
+        schedule: ``threshold``, ``fixed``, ``percentile``, ``order`` or ``policy`` (`PatchSchedule.set`) other than the
             adapter's own.
 
     Raises:
@@ -1224,37 +1333,71 @@ def apply(pipeline: Any, folder: str | Path, **schedule: Any) -> Any:
     if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         from huggingface_hub import snapshot_download
 
-        patterns = [f"{at}{name}" for at in ("", "ddit/") for name in (CONFIG, WEIGHTS)]
-        folder = snapshot_download(str(folder), allow_patterns=patterns)
-    config, tensors = load_adapter(folder)
-    model = pipeline if isinstance(pipeline, nn.Module) else getattr(pipeline, config.component, None)
-    if model is None:
-        raise ValueError(f"the pipeline has no {config.component}")
-    settings = {"threshold": config.threshold, "percentile": config.percentile, "order": config.order} | schedule
-    PatchSchedule(Noise(config), config.patches, **settings)  # raises before anything is changed
-    attach(model, config, tensors)
-    if not isinstance(pipeline, nn.Module):
-        follow(model, pipeline)
-    model.set_schedule(**schedule)
-    return model
+        places = ["", *(f"{place}/" for place in PLACES)]
+        patterns = [f"{at}{name}" for at in places for name in (CONFIG, WEIGHTS)]
+        folder = snapshot_download(str(folder), revision=revision, allow_patterns=patterns)
+    elif revision is not None:
+        raise ValueError(f"{folder} is no id of the Hub, so it has no revisions; leave out revision")
+    return put_on(pipeline, load_adapters(folder), **schedule)
+
+
+def put_on(pipeline: Any, adapters: list[tuple[DDiTConfig, dict[str, torch.Tensor]]], **schedule: Any) -> Any:
+    """`apply` of adapters that were loaded (`load_adapters`)."""
+    alone = isinstance(pipeline, nn.Module)
+    if alone and len(adapters) > 1:
+        raise ValueError(f"there are adapters for {' and '.join(COMPONENTS)}; give the pipeline, or the folder of one")
+    models = []
+    for config, _ in adapters:
+        model = pipeline if alone else getattr(pipeline, config.component, None)
+        if model is None:
+            raise ValueError(f"the pipeline has no {config.component}, for which the adapter is")
+        PatchSchedule(Noise(config), config.patches, **config.schedule | schedule)  # raises before anything is changed
+        models.append(model)
+    if len({tuple(config.patches) for config, _ in adapters}) > 1:
+        raise ValueError("the adapters of the two transformers have other patches; make them with the same")
+    beside = [] if alone else switching(pipeline)
+    for model, (config, tensors) in zip(models, adapters, strict=True):
+        attach(model, config, tensors)
+        if not alone:
+            follow(model, pipeline)
+    if schedule or not beside:
+        models[0].set_schedule(**schedule)
+    return models[0]
+
+
+def switching(pipeline: Any) -> list[Any]:
+    """The transformers of a pipeline that have an adapter, the one of high noise first."""
+    models = (getattr(pipeline, name, None) for name in COMPONENTS)
+    return [model for model in models if isinstance(model, PatchSwitching)]
 
 
 def follow(model: Any, pipeline: Any) -> None:
-    """Let the schedule of ``model`` know the times and steps of the pipeline's scheduler; warns of samplers whose
-    latents never calm down."""
+    """Let the schedule of ``model`` know the times and steps of the pipeline's scheduler, and be the same as that of
+    its other transformer; warns of samplers whose latents never calm down.
+
+    Raises:
+        ValueError: the other transformer has an adapter with other patches.
+    """
     scheduler = pipeline.scheduler
     name = type(scheduler).__name__
     noisy = any(word in name for word in ("Ancestral", "Heun", "DDPM", "SDE", "KDPM2")) or any(
         getattr(scheduler.config, key, None) for key in ("stochastic_sampling", "eta")
     )
     noisy = noisy or str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
+    others = [other for other in switching(pipeline) if other is not model]
     model.sampler_note = None
     if noisy:
         model.sampler_note = (
             f"{name} adds noise or evaluates twice, so that the schedule finds few coarse steps or none; take a "
             "deterministic sampler of one evaluation a step, or a fixed schedule"
         )
-        warnings.warn(model.sampler_note, stacklevel=3)
+        if not others:
+            warnings.warn(model.sampler_note, stacklevel=4)
+    for other in others:
+        if other.ddit.patches != model.ddit.patches:
+            raise ValueError(f"the adapters of the two transformers have other patches: {other.ddit.patches} and "
+                             f"{model.ddit.patches}")  # fmt: skip
+        model.schedule = other.schedule
 
     def times() -> torch.Tensor:
         values = torch.as_tensor(pipeline.scheduler.timesteps, device="cpu").float()
@@ -1266,4 +1409,3 @@ def follow(model: Any, pipeline: Any) -> None:
         return values / scheduler.config.num_train_timesteps
 
     model.schedule.exact_times = times
-    model.schedule.steps = lambda: len(pipeline.scheduler.timesteps)

@@ -4,7 +4,7 @@ and a threshold for a wanted speed-up."""
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,11 @@ CLOSE = 0.02
 
 
 def put_on(pipeline: Any, folder: Path, name: str) -> Any:
-    """`ddit.attach` the adapter in ``folder`` to the pipeline's transformer; raises `UpcycleError` where it does not
-    fit."""
-    config, tensors = load(folder, name)
-    model = getattr(pipeline, config.component, None)
-    if model is None:
-        raise UpcycleError(f"{name}: the pipeline has no {config.component}, for which the adapter is")
+    """`ddit.put_on` the adapters in ``folder``; raises `UpcycleError` where one does not fit."""
     try:
-        ddit.attach(model, config, tensors)
+        return ddit.put_on(pipeline, load(folder, name))
     except ValueError as error:
         raise UpcycleError(f"{name}: {error}") from error
-    ddit.follow(model, pipeline)
-    return model
 
 
 def parse_schedule(text: str, patches: list[int]) -> list[tuple[int, float]]:
@@ -158,27 +151,28 @@ class Calibration:
 
 
 def calibrate(
-    model: Any,
+    models: Sequence[Any],
     draw: Callable[[], torch.Tensor | None],
     speed_up: float,
     *,
     by_tokens: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Calibration:
-    """Find the threshold at which ``draw``, a whole sampling run of ``model``'s pipeline, is ``speed_up`` times faster.
+    """Find the threshold at which ``draw``, a whole sampling run of a pipeline, is ``speed_up`` times faster.
 
-    The cost of a step at each size is its time, measured once in runs that stay at it, or with ``by_tokens`` its share
-    of the tokens, 1 / m^2. Thresholds between the deviations of a
-    run at m = 1 are tried by bisection, each in a run of its own, because what is coarse changes what comes after.
-    Where ``draw`` returns the clean latents, s^2 is measured on them (`ddit.outside_variance`).
+    ``models``: its transformers with an adapter, which share a schedule. The cost of a step at each size is its time,
+    measured once in runs that stay at it, or with ``by_tokens`` its share of the tokens, 1 / m^2. Thresholds between
+    the deviations of a run at m = 1 are tried by bisection, each in a run of its own, because what is coarse changes
+    what comes after. Where ``draw`` returns the clean latents, s^2 is measured on them (`ddit.outside_variance`).
 
     Raises:
         UpcycleError: no threshold is as fast as that.
     """
+    model = models[0]
     price: dict[int, float] = {}
     variance: dict[str, float] = {}
     for m in (1, *model.ddit.patches):
-        with model.at(m), _Timer(model) as timer:
+        with model.at(m), _Timer(models) as timer:
             latents = draw()
         price[m] = 1 / m**2 if by_tokens else statistics.median(timer.seconds)
         say(
@@ -190,7 +184,8 @@ def calibrate(
             side = model.switching_layers(model.config).embed.sizes["h"]
             variance = {str(size): ddit.outside_variance(latents, side, size) for size in model.ddit.patches}
     if variance:
-        model.ddit.variance = variance
+        for each in models:
+            each.ddit.variance = variance
     schedule = model.set_schedule(threshold=None)
     schedule.always_look = True
     draw()
@@ -226,10 +221,10 @@ def calibrate(
 
 
 class _Timer:
-    """Seconds of every call of a model, the first left out where there are more."""
+    """Seconds of every call of some models, the first left out where there are more."""
 
-    def __init__(self, model: torch.nn.Module):
-        self._model = model
+    def __init__(self, models: Sequence[torch.nn.Module]):
+        self._models = models
         self._all: list[float] = []
 
     @property
@@ -248,7 +243,11 @@ class _Timer:
         def after(*_: Any) -> None:
             self._all.append(wait() - self._start)
 
-        self._hooks = self._model.register_forward_pre_hook(before), self._model.register_forward_hook(after)
+        self._hooks = [
+            hook
+            for model in self._models
+            for hook in (model.register_forward_pre_hook(before), model.register_forward_hook(after))
+        ]
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from upcycle.errors import UpcycleError
-from upcycle.graft.patches import ADAPTER, adapter_folder, load
+from upcycle.graft.patches import adapter_folder, load
+from upcycle.models import ddit
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class
 from upcycle.sampling.patches import put_on
@@ -38,8 +39,8 @@ def load_pipeline(spec: str, revision: str | None = None, base: str | None = Non
     adapter = adapter_folder(folder) if folder.is_dir() else None
     if not folder.exists() and hub.is_hub_id(spec):
         adapter = hub.fetch_adapter(spec, revision)
-    if adapter is not None and adapter.name != ADAPTER:
-        config, _ = load(adapter, spec)
+    if adapter is not None and adapter.name not in ddit.PLACES:
+        config, _ = load(adapter, spec)[0]
         theirs = base or config.base
         if theirs is None:
             raise UpcycleError(f"{spec} is an adapter that does not say of which model; give that with --base")

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from upcycle.errors import UpcycleError
-from upcycle.graft.patches import ADAPTER, adapter_folder
+from upcycle.graft.patches import adapter_folder
 from upcycle.models import ddit
 from upcycle.sampling.patches import put_on
 from upcycle.sources import hub
@@ -53,7 +53,7 @@ _TRANSFORMERS = {name for name in ddit.BACKBONES if name != "DiTTransformer2DMod
 
 @dataclass(frozen=True)
 class Found:
-    """A pipeline with text: a folder or a Hub id at a commit, and the folder of the adapter that goes onto it."""
+    """A pipeline with text: a folder or a Hub id at a commit, and the folder of the adapters that go onto it."""
 
     spec: str
     pipeline: str
@@ -85,7 +85,7 @@ def find(spec: str, revision: str | None = None, base: str | None = None, *, wan
         below = find(where, None if base else config.get("base_revision"), wanted=True)
         if below is None:
             raise UpcycleError(f"{spec} is an adapter for {where}, which is not there; give its base with --base")
-        return Found(spec, below.pipeline, below.revision, below.kind, adapter)
+        return Found(spec, below.pipeline, below.revision, below.kind, folder)
     if not (folder / INDEX).is_file():
         return _none(spec, "folder without a model_index.json", wanted)
     index = read_json(spec, folder / INDEX)
@@ -97,7 +97,7 @@ def find(spec: str, revision: str | None = None, base: str | None = None, *, wan
         return _none(spec, str(name), wanted)
     if base is not None:
         raise UpcycleError(f"--base {base} is for an adapter alone, and {spec} is none; leave it out")
-    return Found(spec, spec, revision, KINDS[name], adapter)
+    return Found(spec, spec, revision, KINDS[name], folder if adapter else None)
 
 
 def _none(spec: str, what: str, wanted: bool) -> Found | None:
@@ -111,7 +111,8 @@ def _descriptions(spec: str, revision: str | None) -> tuple[Path | None, str | N
     folder = Path(spec).expanduser()
     if folder.exists() or not hub.is_hub_id(spec):
         return (folder if folder.is_dir() else None), None
-    names = [INDEX, *(f"{at}{name}" for at in ("", f"{ADAPTER}/") for name in (ddit.CONFIG, ddit.WEIGHTS))]
+    places = ["", *(f"{place}/" for place in ddit.PLACES)]
+    names = [INDEX, *(f"{at}{name}" for at in places for name in (ddit.CONFIG, ddit.WEIGHTS))]
     with _hub(spec, revision):
         found = Path(snapshot_download(spec, revision=revision, allow_patterns=names))
     return found, found.name
@@ -132,7 +133,7 @@ class _hub:
 
 
 def load_text_pipeline(found: Found, dtype: torch.dtype, *, adapter: bool = True) -> Any:
-    """The stock pipeline in ``dtype``, on the CPU, with its adapter on (``pipe.transformer.ddit``) unless not wanted.
+    """The stock pipeline in ``dtype``, on the CPU, with its adapters on (`ddit.switching`) unless not wanted.
 
     Raises:
         UpcycleError: transformers is missing, or a component does not load.

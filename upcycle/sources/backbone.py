@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from upcycle.errors import UpcycleError
-from upcycle.models.ddit import BACKBONES, Layers
+from upcycle.models.ddit import BACKBONES, COMPONENTS, Layers
 from upcycle.sources import hub
 from upcycle.sources.description import DiTConfig
 from upcycle.sources.diffusers_folder import IGNORED, inside, licence_of, list_files, read_weights
@@ -30,7 +30,8 @@ class Backbone:
 
     ``folder`` holds the pipeline, or the transformer alone where ``subfolder`` is "". ``config`` is that of the stock
     class with its defaults, ``shapes`` are all of its tensors', ``tensors`` those whose files are there (of the Hub
-    perhaps only embedding and head).
+    perhaps only embedding and head). ``boundary``: where the pipeline has two transformers, the noise level below which
+    the second one takes over.
     """
 
     spec: str
@@ -44,6 +45,7 @@ class Backbone:
     revision: str | None
     licence: str | None
     scheduler: dict[str, Any]
+    boundary: float | None
     notes: list[str]
 
     @property
@@ -81,6 +83,35 @@ def open_backbone(
         _fetch(spec, commit, _of_a_pipeline(names) if whole else needed, None)
 
     return _open(spec, folder, component, variant, spec.split("/")[1], commit, bring)
+
+
+def open_backbones(
+    spec: str,
+    *,
+    component: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    whole: bool = True,
+) -> list[Backbone]:
+    """`open_backbone` of ``component``, or of every transformer of the pipeline, the one of high noise first."""
+    first = open_backbone(spec, component=component or COMPONENTS[0], revision=revision, variant=variant, whole=whole)
+    if component is not None or first.boundary is None:
+        return [first]
+    second = open_backbone(spec, component=COMPONENTS[1], revision=first.revision, variant=variant, whole=whole)
+    if second.base_class != first.base_class:
+        raise UpcycleError(f"{spec}: {COMPONENTS[1]} is a {second.base_class}; choose one transformer with --component")
+    return [first, second]
+
+
+def _boundary(spec: str, folder: Path) -> float | None:
+    """Where a pipeline turns to its second transformer; None where it has none."""
+    index = read_json(spec, folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    level, second = index.get("boundary_ratio"), index.get(COMPONENTS[1])
+    if level is None or not isinstance(second, list) or None in second:
+        return None
+    if type(level) not in (int, float) or not 0 <= level <= 1:
+        raise UpcycleError(f"{spec}: boundary_ratio in model_index.json is {level!r}, no noise level from 0 to 1")
+    return float(level)
 
 
 def backbone_class(spec: str, revision: str | None = None, component: str = "transformer") -> str | None:
@@ -137,7 +168,8 @@ def _open(
     scheduler = folder / "scheduler" / "scheduler_config.json"
     return Backbone(
         spec, name, folder, subfolder, base_class, full, shapes, tensors, commit, licence_of(folder / "README.md"),
-        read_json(spec, scheduler) if subfolder and scheduler.is_file() else {}, notes,
+        read_json(spec, scheduler) if subfolder and scheduler.is_file() else {},
+        _boundary(spec, folder) if subfolder else None, notes,
     )  # fmt: skip
 
 

@@ -16,27 +16,33 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from upcycle.errors import UpcycleError
 from upcycle.evaluation.validation import TIMESTEPS, Validation
+from upcycle.graft.patches import Adapter
 from upcycle.latents.prompts import PromptFolder
 from upcycle.models import ddit
 from upcycle.recipe import Recipe
 from upcycle.sources import hub
-from upcycle.sources.backbone import Backbone, backbone_class, open_backbone
+from upcycle.sources.backbone import Backbone, backbone_class, open_backbones
 from upcycle.training.patches import VARIANCE_SAMPLES, PatchStudent, measured_variance
 
+SECOND = ddit.COMPONENTS[1]
 NO_EMPTY_PROMPT = "label_dropout is left out: the data has no empty prompt (an empty line of synthesize --prompts)"
 
 
-def text_backbone(recipe: Recipe) -> Backbone | None:
-    """The base of a recipe of method ddit, if it is one that reads text; of the Hub its embedding and head are fetched.
+def text_backbones(recipe: Recipe) -> list[Backbone]:
+    """The bases of a recipe of method ddit, if they read text (otherwise none): the one of ``component``, or all of the
+    pipeline; of the Hub their embeddings and heads are fetched.
 
     Raises:
         UpcycleError: it is damaged, or the recipe has options that are not for it.
     """
     if recipe.method != "ddit" or recipe.teacher == "digits":
-        return None
+        return []
     if backbone_class(recipe.teacher, recipe.revision) in (None, "DiTTransformer2DModel"):
-        return None
-    return open_backbone(recipe.teacher, revision=recipe.revision, whole=False)
+        return []
+    found = open_backbones(recipe.teacher, component=recipe.component, revision=recipe.revision, whole=False)
+    if recipe.component and found[0].boundary is None:
+        raise UpcycleError(f"component: teacher {recipe.teacher} has one transformer; leave it out")
+    return found
 
 
 def open_prompts(spec: str, backbone: Backbone) -> PromptFolder:
@@ -57,13 +63,28 @@ def stored_dtype(recipe: Recipe, backbone: Backbone) -> torch.dtype:
 
 
 def start_student(
+    recipe: Recipe, backbones: list[Backbone], data: PromptFolder, adapters: list[Adapter], name: str
+) -> "FlowStudent":
+    """The stock transformers in their own dtype with the adapters in fp32; of ``backbones`` those train that have one.
+
+    ``name``: what the adapters are called in errors. Raises `UpcycleError` where one does not fit, or there is none.
+    """
+    made = {config.component: (config, tensors) for config, tensors in adapters}
+    trained = [backbone for backbone in backbones if (backbone.subfolder or "transformer") in made]
+    if not trained:
+        asked = recipe.component or "transformer"
+        raise UpcycleError(f"{name} has no adapter for {asked}; it has {', '.join(made)}")
+    bases = [_start_base(recipe, each, data, *made[each.subfolder or "transformer"], name) for each in trained]
+    boundary, low, high = trained[0].boundary, 0.0, 1.0
+    if boundary is not None and len(trained) == 1:
+        low, high = (0.0, boundary) if trained[0].subfolder == ddit.COMPONENTS[1] else (boundary, 1.0)
+    return FlowStudent(bases[0], data, (low, high), *bases[1:], boundary=boundary)
+
+
+def _start_base(
     recipe: Recipe, backbone: Backbone, data: PromptFolder, config: ddit.DDiTConfig, tensors: dict[str, torch.Tensor],
     name: str,
-) -> "FlowStudent":  # fmt: skip
-    """The stock transformer in its own dtype with the adapter in fp32; raises `UpcycleError` where it does not fit.
-
-    ``name``: what the adapter is called in errors.
-    """
+) -> Any:  # fmt: skip
     options: dict[str, Any] = {"torch_dtype": stored_dtype(recipe, backbone), "revision": backbone.revision}
     try:
         model: Any = getattr(diffusers, backbone.base_class)
@@ -82,15 +103,29 @@ def start_student(
     if not config.variance and config.residual:
         rows = [i * len(data) // VARIANCE_SAMPLES for i in range(VARIANCE_SAMPLES)]
         config.variance = measured_variance(base, [data.row(i) for i in dict.fromkeys(rows)])
-    return FlowStudent(base, data)
+    return base
 
 
 class FlowStudent(PatchStudent):
-    """`PatchStudent` of a model that reads text; a label is the number of a prompt."""
+    """`PatchStudent` of a model that reads text; a label is the number of a prompt.
 
-    def __init__(self, base: Any, data: PromptFolder):
+    Args:
+        base: with its adapter.
+        ends: the noise levels that timesteps cover.
+        second: the transformer that takes over below ``boundary``, if both train. Its parameters are called
+            ``transformer_2/...``.
+    """
+
+    def __init__(
+        self, base: Any, data: PromptFolder, ends: tuple[float, float] = (0.0, 1.0), second: Any = None,
+        *, boundary: float | None = None,
+    ):  # fmt: skip
         super().__init__(base)
-        self.data = data
+        self.data, self.ends, self.boundary = data, ends, boundary
+        if second is not None:
+            self.bases.append(second)
+            for name, parameter in second.adapter_parameters().items():
+                self.adapter[f"{SECOND}/{name.replace('.', '/')}"] = parameter
         # Of the embedding: some parameters stay in fp32 in a model in bf16, and the adapter does.
         self.dtype = base.get_submodule(base.switching_layers(base.config).embed.name).weight.dtype
 
@@ -117,8 +152,9 @@ class FlowStudent(PatchStudent):
         return self.data.empty is not None
 
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Noise levels fp32 [B] of integer timesteps: the middles of equal parts of 0 to 1."""
-        return (timestep.float() + 0.5) / self.config.num_train_timesteps
+        """Noise levels fp32 [B] of integer timesteps: the middles of equal parts of what they cover."""
+        low, high = self.ends
+        return low + (high - low) * (timestep.float() + 0.5) / self.config.num_train_timesteps
 
     def alpha_bar(self, timestep: torch.Tensor) -> torch.Tensor:
         return (1 - self.sigma(timestep)) ** 2
@@ -142,10 +178,32 @@ class FlowStudent(PatchStudent):
             {name: value.to(x.device, self.dtype) for name, value in self.data.embeddings(number).items()}
             for number in label.tolist()
         ]
-        given = inputs(self.base, x.to(self.dtype), self.sigma(timestep), texts, self.data.guidance_scale)
-        with self.base.at(m):
-            out = self.base(**given, return_dict=False)[0]
-        return Transformer2DModelOutput(sample=torch.stack(out) if isinstance(out, list) else out)
+        x, sigma = x.to(self.dtype), self.sigma(timestep)
+        if len(self.bases) == 1:
+            return Transformer2DModelOutput(sample=self._call(self.base, x, sigma, texts, m))
+        early = sigma >= self.boundary
+        parts, order = [], []
+        for base, mask in zip(self.bases, (early, ~early), strict=True):
+            rows = mask.nonzero().flatten().tolist()
+            if rows:
+                parts.append(self._call(base, x[rows], sigma[rows], [texts[row] for row in rows], m))
+                order += rows
+        back = torch.tensor(order, device=x.device).argsort()
+        return Transformer2DModelOutput(sample=torch.cat(parts)[back])
+
+    def _call(
+        self, base: Any, x: torch.Tensor, sigma: torch.Tensor, texts: list[dict[str, torch.Tensor]], m: int
+    ) -> torch.Tensor:
+        given = inputs(base, x, sigma, texts, self.data.guidance_scale)
+        with base.at(m):
+            out = base(**given, return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
+
+    def adapters(self, tensors: dict[str, torch.Tensor]) -> list[Adapter]:
+        second = {name: value for name, value in tensors.items() if name.startswith(f"{SECOND}.")}
+        first = {name: value for name, value in tensors.items() if name not in second}
+        parts = [first, {name.removeprefix(f"{SECOND}."): value for name, value in second.items()}]
+        return [(base.ddit, part) for base, part in zip(self.bases, parts, strict=False)]
 
 
 @torch.no_grad()

@@ -52,8 +52,8 @@ class Interrupted(Exception):
 
 
 def place_teacher(teacher: DiTTransformer2DModel, recipe: Recipe, device: torch.device) -> DiTTransformer2DModel:
-    """The teacher on the device, in a precision of its own; a base with an adapter keeps its own."""
-    if hasattr(teacher, "ddit"):
+    """The teacher on the device, in a precision of its own; bases with an adapter keep theirs."""
+    if isinstance(teacher, torch.nn.ModuleList) or hasattr(teacher, "ddit"):
         return teacher.to(device).eval()
     return teacher.to(device, teacher_dtype(recipe)).eval().requires_grad_(False)
 

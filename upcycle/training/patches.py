@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from upcycle.graft.patches import Adapter
 from upcycle.models import ddit
 from upcycle.recipe import Recipe
 from upcycle.training import schedule
@@ -32,11 +33,13 @@ class PatchStudent(torch.nn.Module):
 
     guide = 0.0
     routing_module = None
+    base: Any
+    bases: list[Any]
 
     def __init__(self, base: Any):
         super().__init__()
         object.__setattr__(self, "base", base)
-        self.names = list(base.adapter_parameters())
+        object.__setattr__(self, "bases", [base])
         self.adapter = torch.nn.ParameterDict(
             {name.replace(".", "/"): parameter for name, parameter in base.adapter_parameters().items()}
         )
@@ -91,6 +94,10 @@ class PatchStudent(torch.nn.Module):
         """A state dict of this module under the adapter's names."""
         return {name.removeprefix("adapter.").replace("/", "."): value for name, value in weights.items()}
 
+    def adapters(self, tensors: dict[str, torch.Tensor]) -> list[Adapter]:
+        """What `tensors` returns, as adapters to be exported."""
+        return [(self.base.ddit, tensors)]
+
 
 def measured_variance(base: Any, rows: Sequence[torch.Tensor]) -> dict[str, float]:
     """s^2 of every size (`ddit.DDiTConfig`), of clean latents [C, H, W] or [C, F, H, W]."""
@@ -101,10 +108,11 @@ def measured_variance(base: Any, rows: Sequence[torch.Tensor]) -> dict[str, floa
 
 def prepare_student(student: PatchStudent, recipe: Recipe) -> None:
     """Set what trains, and checkpointing."""
-    student.base.requires_grad_(False).eval()
+    for base in student.bases:
+        base.requires_grad_(False).eval()
+        if recipe.gradient_checkpointing:
+            base.enable_gradient_checkpointing()
     student.train().requires_grad_(True)
-    if recipe.gradient_checkpointing:
-        student.base.enable_gradient_checkpointing()
 
 
 def make_optimizer(student: PatchStudent, recipe: Recipe, *, fused: bool) -> torch.optim.AdamW:

@@ -49,7 +49,8 @@ class Prepared:
     recipe: Recipe
     out: Path
     start: Path
-    source: Source | Backbone
+    source: Source | list[Backbone]
+    """A list: the bases of adapters for a pipeline that reads text."""
     student: ChunkedDiT | PatchStudent
     teacher: DiTTransformer2DModel
     data: TensorData | LatentFolder
@@ -88,18 +89,21 @@ def student_folder(recipe: Recipe) -> Path | None:
     return Path(recipe.student)
 
 
-def check(recipe: Recipe) -> Source | Backbone:
+def check(recipe: Recipe) -> Source | list[Backbone]:
     """The teacher, after all that can be checked without data; raises `UpcycleError` for what does not fit.
 
-    A `Backbone` is one that reads text (method ddit).
+    A list is of a pipeline that reads text (method ddit).
     """
     _check_batch(recipe, ranks().num_processes)
-    if backbone := flow.text_backbone(recipe):
-        flow.stored_dtype(recipe, backbone)
+    if backbones := flow.text_backbones(recipe):
+        for backbone in backbones:
+            flow.stored_dtype(recipe, backbone)
         if wrong := check_launch():
             raise UpcycleError(wrong)
         _check_trackers(recipe)
-        return backbone
+        return backbones
+    if recipe.component is not None:
+        raise UpcycleError(f"component: teacher {recipe.teacher} has one transformer; leave it out")
     source = open_teacher(recipe)
     assert isinstance(source.config, DiTConfig)
     if recipe.preview:
@@ -133,9 +137,9 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     source = check(recipe)
     data: TensorData | LatentFolder
     validation: TensorData | LatentFolder | None
-    if isinstance(source, Backbone):
-        data = flow.open_prompts(recipe.data, source)
-        validation = flow.open_prompts(recipe.validation.data, source) if recipe.validation else None
+    if isinstance(source, list):
+        data = flow.open_prompts(recipe.data, source[0])
+        validation = flow.open_prompts(recipe.validation.data, source[0]) if recipe.validation else None
     else:
         data = open_fitting_data(recipe.data, source)
         validation = open_fitting_data(recipe.validation.data, source) if recipe.validation else None
@@ -143,10 +147,10 @@ def prepare(recipe: Recipe, *, resume: bool = False) -> Prepared:
     try:
         first = recipe.student is None and not begun
         student: ChunkedDiT | PatchStudent
-        if isinstance(source, Backbone):
+        if isinstance(source, list):
             assert isinstance(data, PromptFolder)
             student = _start_text(recipe, source, start, data, convert_first=first)
-            teacher = student.base
+            teacher = torch.nn.ModuleList(student.bases)
         elif recipe.method == "ddit":
             student = _start_adapter(recipe, source, start, data, convert_first=first)
             teacher = student.base
@@ -184,8 +188,8 @@ def _start_adapter(
         backbone = open_backbone(spec, revision=recipe.revision)
         if recipe.teacher == "digits":
             backbone = dataclasses.replace(backbone, spec="digits")
-        _make_adapter(recipe, backbone, start, alone=False)
-    config, tensors = adapters.load(start, f"student {start}")
+        _make_adapters(recipe, [backbone], start, alone=False)
+    config, tensors = adapters.load(start, f"student {start}")[0]
     base = load_teacher(source)
     try:
         ddit.attach(base, config, tensors)
@@ -197,22 +201,33 @@ def _start_adapter(
     return PatchStudent(base)
 
 
-def _make_adapter(recipe: Recipe, backbone: Backbone, start: Path, *, alone: bool) -> None:
+def adapter_plans(recipe: Recipe, backbones: list[Backbone], *, alone: bool) -> list[adapters.Plan]:
+    """How the recipe's adapters start."""
+    how = tuple(recipe.ddit.patches), recipe.ddit.rank, recipe.ddit.residual
+    return [
+        adapters.make_plan(
+            backbone,
+            adapters.Options(*how, component=backbone.subfolder or "transformer", seed=recipe.seed),
+            adapter_only=alone,
+        )
+        for backbone in backbones
+    ]
+
+
+def _make_adapters(recipe: Recipe, backbones: list[Backbone], start: Path, *, alone: bool) -> None:
     """Convert on one rank, while the others wait."""
     if ranks().is_main_process:
-        options = adapters.Options(tuple(recipe.ddit.patches), recipe.ddit.rank, recipe.ddit.residual, seed=recipe.seed)
-        adapters.convert(adapters.make_plan(backbone, options, adapter_only=alone), start, force=True)
+        adapters.convert(adapter_plans(recipe, backbones, alone=alone), start, force=True)
     ranks().wait_for_everyone()
 
 
 def _start_text(
-    recipe: Recipe, backbone: Backbone, start: Path, data: PromptFolder, *, convert_first: bool
+    recipe: Recipe, backbones: list[Backbone], start: Path, data: PromptFolder, *, convert_first: bool
 ) -> PatchStudent:
-    """As `_start_adapter`, of a base that reads text: large, so that the adapter is made and exported alone."""
+    """As `_start_adapter`, of bases that read text: large, so that adapters are made and exported alone."""
     if convert_first:
-        _make_adapter(recipe, backbone, start, alone=True)
-    config, tensors = adapters.load(start, f"student {start}")
-    return flow.start_student(recipe, backbone, data, config, tensors, f"student {start}")
+        _make_adapters(recipe, backbones, start, alone=True)
+    return flow.start_student(recipe, backbones, data, adapters.load(start, f"student {start}"), f"student {start}")
 
 
 class Lock:
@@ -427,8 +442,7 @@ def _finetune(
         )
         if isinstance(prepared.student, PatchStudent):
             adapters.export(
-                trained.student,
-                prepared.student.base.ddit,
+                prepared.student.adapters(trained.student),
                 prepared.start,
                 export,
                 event=done,
