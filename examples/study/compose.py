@@ -1,8 +1,10 @@
 """What the student works together with: caches, LoRA, quantised or cast weights, offloading, coarser patches.
 
     upcycle finetune recipes/digits.yaml
+    upcycle finetune recipes/digits-dydit.yaml
     upcycle finetune recipes/ddit-digits.yaml
-    python examples/study/compose.py [--student runs/digits/export] [--adapter runs/ddit-digits/export] [--out compose]
+    python examples/study/compose.py [--student runs/digits/export] [--gated runs/digits-dydit/export]
+                                     [--adapter runs/ddit-digits/export] [--out compose]
 
 Every way is judged on whole guided trajectories from the same noise: the mean squared difference of its samples (pixels
 in [-1, 1]) to those of the student alone and of the teacher, and how often an SVM that was trained on the real digits
@@ -47,7 +49,8 @@ from upcycle.training.digits import TEACHER, load_digits
 
 @dataclass(frozen=True)
 class Way:
-    """``change`` puts something on a fresh pipeline of ``of``, "student" or "teacher"; what it raises is why it fails.
+    """``change`` puts something on a fresh pipeline of ``of``: "student", "teacher" or "gated", a student with DyDiT's
+    gates; what it raises is why it fails.
     ``like``: the way whose samples those of this one are compared with as the teacher's."""
 
     name: str
@@ -169,6 +172,14 @@ WAYS = [
     Way("+ group offload, blocks", offload("block_level")),
     Way("+ group offload, leaves", offload("leaf_level")),
     Way("+ DDiT adapter", coarse(None)),
+    Way("DyDiT 0.7", all_of(), "gated"),
+    Way("DyDiT 0.7 + tail drop 0.4", tail_drop(0.4), "gated"),
+    Way("DyDiT 0.7 + FirstBlockCache 0.05", first_block(0.05), "gated"),
+    Way("DyDiT 0.7 + output cache 0.05", output_cache(0.05), "gated"),
+    Way("DyDiT 0.7 + LoRA", lora, "gated", like="teacher + LoRA"),
+    Way("DyDiT 0.7 + int8 weights", quantised("Int8WeightOnlyConfig"), "gated"),
+    Way("DyDiT 0.7 + layerwise casting, fp8", cast, "gated"),
+    Way("DyDiT 0.7 + group offload, blocks", offload("block_level"), "gated"),
     Way("teacher + output cache 0.05", output_cache(0.05), "teacher"),
     Way("teacher + LoRA", lora, "teacher"),
     Way("teacher + DDiT x2 in the first half", coarse(COARSE), "teacher"),
@@ -188,7 +199,8 @@ class Study:
         self.device, self.steps, self.guidance = torch.device(options.device), options.steps, options.guidance_scale
         self.samples, self.timed, self.adapter = options.samples, options.timed, Path(options.adapter)
         self.lora_steps, self.scratch = options.lora_steps, scratch
-        self.pipes = {"student": load_pipeline(options.student), "teacher": load_pipeline(str(TEACHER))}
+        folders = {"student": options.student, "teacher": str(TEACHER), "gated": options.gated}
+        self.pipes = {name: load_pipeline(folder) for name, folder in folders.items()}
         images, labels = load_digits("train")
         self.classifier = SVC().fit(images.flatten(1).numpy(), labels.numpy())
 
@@ -297,6 +309,7 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="runs/digits/export")
+    parser.add_argument("--gated", default="runs/digits-dydit/export")
     parser.add_argument("--adapter", default="runs/ddit-digits/export")
     parser.add_argument("--samples", type=int, default=100, help="trajectories that are judged")
     parser.add_argument("--timed", type=int, default=10, help="images of a batch whose time and FLOPs are measured")
