@@ -14,7 +14,7 @@ from conftest import inside
 from PIL import Image
 from processes import Process
 
-from upcycle.sampling.bulk import label_and_seed
+from upcycle.sampling.bulk import begin, draw_samples, label_and_seed
 from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sampling.sampler import Sampling, decode, sample
 from upcycle.training.digits import TEACHER
@@ -81,6 +81,36 @@ def test_other_settings_are_refused(whole, failing, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
     assert "is not empty" in failing("sample", "digits", *GIVEN, "-o", tmp_path)
     assert len(pictures(whole)) == 12
+
+
+def test_a_late_rank_draws_its_share_and_no_other(tmp_path):
+    """What another has written meanwhile does not change who draws what."""
+    pipe, drawn = load_pipeline(str(TEACHER)), []
+    how = {"steps": 1, "guidance_scale": 1.0, "guidance_channels": None, "seed": 0, "dtype": "fp32", "sampler": "",
+           "tail_drop": 0, "uncond_tail_drop": None, "tokens": None, "guidance_interval": None, "hold": None,
+           "model": "digits", "model_sha256": ""}  # fmt: skip
+    begin(tmp_path / "a", how)
+    for rank in (0, 2, 1):
+        before = pictures(tmp_path / "a").keys()
+        draw_samples(pipe, tmp_path / "a", how, 7, 2, process=(rank, 3))
+        drawn.append([int(name[:6]) for name in pictures(tmp_path / "a").keys() - before])
+    assert [sorted(some) for some in drawn] == [[0, 3, 6], [2, 5], [1, 4]]
+
+
+def test_force_deletes_samples_and_nothing_else(tmp_path, failing):
+    out = ("--balanced", "-n", 2, "--steps", 1, "-o", tmp_path / "x")
+    inside("sample", "digits", *out)
+    assert "another steps" in failing("sample", "digits", *out, "--steps", 2)
+    (tmp_path / "x/thesis.txt").write_text("mine")
+    assert "thesis.txt" in failing("sample", "digits", *out, "--steps", 2, "--force")
+    (tmp_path / "x/thesis.txt").unlink()
+    inside("sample", "digits", *out, "--steps", 2, "--force")
+    assert len(pictures(tmp_path / "x")) == 2
+
+
+def test_several_processes_for_one_grid_are_refused(failing, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--balanced" in failing("sample", "digits", "-o", tmp_path / "x")
 
 
 def test_two_ranks_share_the_images(whole, tmp_path):

@@ -188,6 +188,33 @@ def test_sampling_says_which_step_took_which_size_and_why(trained, tmp_path):
     assert json.loads(done.stdout)["steps_by_size"] == {"4": 7, "1": 1}
 
 
+def test_held_steps_and_guidance_intervals_leave_the_schedule_as_it_is(trained, tmp_path):
+    """A fixed schedule goes by the sampler's steps, whether the model was asked or not; a change of the batch within a
+    run does not begin another."""
+    arguments = ("sample", trained / "export", "--steps", "8", "--classes", "0,1", "--json")
+    fixed = ("--schedule", "4:0.5,1:0.5", "--sampler", "ddim")
+    done = json.loads(inside(*arguments, *fixed, "--hold", "2", "-o", tmp_path / "held").stdout)
+    assert done["steps_by_size"] == {"4": 2, "1": 3}
+    told = json.loads((tmp_path / "held/patches.json").read_text())["batches"][0]
+    assert [(entry["step"], entry["m"]) for entry in told] == [(0, 4), (2, 4), (4, 1), (6, 1), (7, 1)]
+    interval = ("--guidance-interval", "0:500")
+    done = json.loads(inside(*arguments, *interval, "--threshold", "1e9", "-o", tmp_path / "some").stdout)
+    assert done["steps_by_size"] == {"4": 5, "1": 3}
+    alone = (*fixed, "--hold", "0.8", "--batch-size", "1", "--json", "-o", tmp_path / "alone")
+    done = json.loads(inside(*arguments[:4], "--classes", "0", *alone).stdout)
+    assert sum(done["steps_by_size"].values()) == done["steps_asked"] < 8
+    told = json.loads((tmp_path / "alone/patches.json").read_text())["batches"][0]
+    assert all(entry["m"] == (4 if entry["step"] < 4 else 1) for entry in told)
+
+
+def test_sizes_that_would_go_by_the_rest_of_a_batch(trained, tmp_path, failing):
+    model, threshold = trained / "export", ("--threshold", "0.1", "-o", tmp_path / "x")
+    assert "--policy grouped" in failing("sample", model, "--balanced", "-n", "4", *threshold)
+    assert "--hold with a limit" in failing("sample", model, "--hold", "0.1", *threshold)
+    fixed = ("--schedule", "4:0.5,1:0.5", "-o", tmp_path / "x")
+    assert "--hold with a limit" in failing("sample", model, "--hold", "0.1", *fixed)
+
+
 def test_stock_pipelines_have_the_base_bits_with_the_base_patches(trained, world):
     pipe = DiTPipeline.from_pretrained(trained / "export")
     pipe.set_progress_bar_config(disable=True)

@@ -89,7 +89,7 @@ def test_metas_steps(meta, k, monkeypatch):
     assert guided
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: meta["noise"][k])
     step = pipe.scheduler.step(asking.out, t, x_t)
-    torch.testing.assert_close(step.prev_sample, meta["sample"][k], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step.prev_sample, meta["sample"][k], atol=2e-6, rtol=0)  # fp32 tables: 2.4e-5
     torch.testing.assert_close(step.pred_original_sample, meta["pred_xstart"][k], atol=1e-5, rtol=1e-5)
 
 

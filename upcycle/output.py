@@ -21,6 +21,7 @@ WITH_ADAPTER = (
 )
 DEMO = r"report\.json|pipeline|(samples|router|compression)\.png"
 SAMPLES = r"samples\.png|class\d+-seed-?\d+\.png|prompt\d+-seed\d+\.(png|gif)|patches\.(json|png)"
+BULK = r"\d+\.png|\.\d+\.png\.partial|samples\.json|costs-\d+\.jsonl"
 INSPECTION = r"report\.(html|json)|(samples|images)-(map-.+|tokens|detail|tail-drop|classes)\.png"
 COMPARISON = r"compare\.(png|json)"
 
@@ -89,6 +90,8 @@ def _check_replaceable(out: Path, target: Path, force: bool, keep: tuple[Path, .
         ours = DEMO
     elif "samples.png" in names:
         ours = SAMPLES
+    elif "samples.json" in names:
+        ours = BULK
     elif "report.html" in names:
         ours = INSPECTION
     elif "compare.json" in names:

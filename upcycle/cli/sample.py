@@ -131,6 +131,8 @@ def sample(
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
     interval, held = parse_interval(guidance_interval), parse_hold(hold)
     balanced = balanced or out.suffix == ".npz"
+    if not balanced and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UpcycleError("several processes share the images of --balanced and of -o FILE.npz; give one of them")
     local = os.path.exists(model)
     if local and revision is not None:
         raise UpcycleError(f"{model}: a local path has no revisions; leave --revision out")
@@ -196,7 +198,8 @@ def sample(
             raise UpcycleError(f"{model} is a fixed-patch DiT, which keeps all of its tokens; leave out {option}")
         if student:
             budgets.put_on(pipe.transformer, asked, steps, guidance_scale > 1)
-        to_device(pipe, device)
+        if patches is not None and batch_size > 1:
+            coarse.check_batch(pipe.transformer, balanced=balanced, limit=isinstance(held, float))
     for note in coarse.notes(pipe.transformer, steps):
         stderr.print(f"note: {note}")
     how = {
@@ -209,6 +212,7 @@ def sample(
         how |= {"seed": seed, "dtype": "fp32", "classes": labels, "model": model, "patches": coarser}
         sample_bulk(pipe, how, labels, num, out, batch_size, device, as_json=as_json, force=force, keep=keep)
         return
+    to_device(pipe, device)
     settings = Sampling(steps, guidance_scale, guidance_channels, interval or (0, 999), made_hold(held))
     jobs = [(label, seed + i) for i, label in enumerate(label for label in labels for _ in range(num))]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]

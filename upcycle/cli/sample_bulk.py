@@ -1,6 +1,7 @@
 """`upcycle sample --balanced`: many images for metrics, by one process or several."""
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,18 @@ def sample_bulk(
 ) -> None:
     """Draw ``num`` images of ``labels`` in turn into the folder ``out``, or an ``.npz`` file; goes on with what is
     there. ``how``: what is to be the same then (`upcycle.sampling.bulk.HOW` and more)."""
+    import torch
     from accelerate import PartialState
 
-    from upcycle.cli.device import enough_memory
+    from upcycle.cli.device import enough_memory, to_device
     from upcycle.cli.show import count, print_json, progress, stdout
     from upcycle.latents.vae import weights_hash
-    from upcycle.output import check_output_file
+    from upcycle.output import check_output, check_output_file
     from upcycle.sampling.bulk import begin, budget_of, cost, draw_samples, label_and_seed, read_record, write_npz
 
-    state = PartialState(cpu=pipe.device.type == "cpu")
-    if state.num_processes > 1 and device is None:
-        pipe.to(state.device)
+    # They wait for each other at the end alone, where they may be far apart.
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
+    to_device(pipe, device if state.num_processes == 1 else str(state.device))
     how = {
         **how,
         **budget_of(pipe.transformer),
@@ -43,20 +45,21 @@ def sample_bulk(
     if state.is_main_process:
         if packed:
             check_output_file(out, force, keep)
-        elif force and read_record(folder) is not None:
+        elif force and folder.exists():
+            check_output(folder, force, keep)  # nothing but samples
             shutil.rmtree(folder)
         elif folder.exists() and not folder.is_dir():
             raise UpcycleError(f"{folder} is a file; choose another folder with -o")
         begin(folder, how)
     state.wait_for_everyone()
-    with progress("images") as bar:
-        task = bar.add_task("sampling", total=-(-num // state.num_processes))
-        bar.disable = not state.is_main_process
-        with enough_memory(batch_size):
-            files = draw_samples(
-                pipe, folder, how, num, batch_size, lambda done: bar.advance(task, done / state.num_processes),
-                classes=labels, process=(state.process_index, state.num_processes),
-            )  # fmt: skip
+    bar = progress("images")
+    bar.disable = not state.is_main_process
+    with bar, enough_memory(batch_size):
+        task = bar.add_task("sampling", total=num)
+        files = draw_samples(
+            pipe, folder, how, num, batch_size, lambda done: bar.advance(task, done), classes=labels,
+            process=(state.process_index, state.num_processes),
+        )  # fmt: skip
     state.wait_for_everyone()
     if not state.is_main_process:
         return

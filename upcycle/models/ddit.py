@@ -430,8 +430,8 @@ class PatchSchedule:
             threshold: tau; None: never coarse.
             percentile: epsilon.
             order: of the difference, 1 to 3; as many first steps are the finest.
-            fixed: [(m, share of the steps)] in order, in place of a decision. Calls are counted: a cache that skips
-                some from outside of the model makes it lag.
+            fixed: [(m, share of the steps)] in order, in place of a decision. A schedule that follows a pipeline goes
+                by the sampler's steps, held ones too; any other counts calls, and lags where a cache skips some.
             steps: how many a run has, for ``fixed``, kept until another number is given. Without it a schedule that
                 follows a pipeline (`follow`) takes those of its scheduler from the run's first noise level on.
             policy: "min": one size for the batch, the smallest that any sample wants; "grouped": one call a size.
@@ -497,7 +497,7 @@ class PatchSchedule:
                 self.reset()
         if self._time is None:
             self.log, self._begun = [], time
-        step = len(self.log)
+        step = self._step(time)
         entry: dict[str, Any] = {"step": step, "time": time}
         moved = self._time is not None and self._out is not None and self._latents is not None
         if moved and not self.fixed:
@@ -560,6 +560,14 @@ class PatchSchedule:
         if not len(later) or (nearest < self._time and abs(nearest - time) <= 1e-6 * abs(time)):
             return nearest
         return float(later.max())
+
+    def _step(self, time: float) -> int:
+        """Number of this step: of those that the sampler has had since the run began, whether each made a call or not;
+        without a sampler, or at a time that it does not have, of the calls."""
+        times = None if self.exact_times is None else self.exact_times()
+        if times is None or not (times == time).any():
+            return len(self.log)
+        return int(((times <= self._begun) & (times > time)).sum())
 
     def _fixed_at(self, step: int) -> int:
         assert self.fixed is not None

@@ -117,9 +117,10 @@ def draw_samples(
         pipe: with its sampler (`upcycle.sampling.sampler.set_sampler`) and its budgets set.
         how: `HOW`, ``model`` and ``model_sha256``, and what else is to be the same when it goes on.
         on_images: called with the samples that are there already, and after every step with the share of samples that
-            it was.
+            it was, in all processes as far as this one knows.
         classes: all by default.
-        process: rank, and how many there are. The first must have called `begin` before the others come here.
+        process: rank, and how many there are. The first must have called `begin` before the others come here. Each
+            draws every so-many-th index, so that none looks at what another is writing.
 
     Raises:
         UpcycleError: the folder holds samples drawn otherwise, or samples are not finite.
@@ -131,9 +132,8 @@ def draw_samples(
     classes = range(class_count(pipe)) if classes is None else classes
     there = set(os.listdir(folder))
     names = [f"{index:06d}.png" for index in range(num)]
-    todo = [index for index in range(num) if names[index] not in there]
-    on_images((num - len(todo)) if rank == 0 else 0)
-    todo = todo[rank::ranks]
+    on_images(sum(name in there for name in names))
+    todo = [index for index in range(rank, num, ranks) if names[index] not in there]
     amp = torch.bfloat16 if how["dtype"] == "bf16" else torch.float16
     for first in range(0, len(todo), batch_size):
         some = todo[first : first + batch_size]
@@ -146,7 +146,7 @@ def draw_samples(
                 if step.routing is not None:
                     took["kept"] += int(step.routing.mask.sum())
                     took["calls"] += len(step.routing.mask)
-                on_images(len(some) / settings.steps)
+                on_images(ranks * len(some) / settings.steps)
             assert step is not None
             images = decode(pipe, step.previous).cpu()
         if not images.isfinite().all():

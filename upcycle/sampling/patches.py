@@ -76,6 +76,22 @@ def set_schedule(
     model.set_schedule(**changes)
 
 
+def check_batch(model: Any, *, balanced: bool, limit: bool) -> None:
+    """Raise `UpcycleError` where sizes would go by who else is in a batch: of a threshold with ``balanced``, where
+    batches change when a run goes on; of any schedule where a ``limit`` holds each sample by itself."""
+    decides = model.schedule.threshold is not None and not model.schedule.fixed
+    if limit and (decides or model.schedule.fixed):
+        raise UpcycleError(
+            "--hold with a limit asks about some samples of a batch, and a schedule of patches goes by whole ones; "
+            "take --batch-size 1 or --hold K"
+        )
+    if balanced and decides and model.schedule.policy == "min":
+        raise UpcycleError(
+            "the adapter's threshold takes one size for a batch, so that images would depend on the others; take "
+            "--policy grouped, --batch-size 1, or a fixed --schedule"
+        )
+
+
 def notes(model: Any, steps: int) -> list[str]:
     """What a person should know before a run of so many steps: a sampler that never calms down, a threshold that was
     chosen for another number of steps."""
