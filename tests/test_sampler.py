@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from upcycle.errors import UpcycleError
 from upcycle.models.identity_vae import IdentityVAE
 from upcycle.sampling.draw import clamp_null_class, draw
-from upcycle.sampling.sampler import SAMPLERS, Hold, Sampling, _Asking, decode, sample, set_sampler, steps
+from upcycle.sampling.sampler import SAMPLERS, Hold, Sampling, _Asking, decode, sample, sampler_name, set_sampler, steps
 
 LABELS, SEEDS = [3, 0, 7], [11, 12, 13]
 
@@ -48,6 +48,15 @@ def test_a_sample_does_not_depend_on_its_batch(pipe, name):
     whole = sample(pipe, LABELS, SEEDS, Sampling(5, 3.0))
     for i in range(3):
         close(sample(pipe, LABELS[i : i + 1], SEEDS[i : i + 1], Sampling(5, 3.0)), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_has_one_name(pipe, name):
+    """Chosen or the pipeline's own, as long as its settings are the same."""
+    set_sampler(pipe, name)
+    assert sampler_name(pipe) == name
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    assert sampler_name(pipe) == ("ddim" if name == "ddim" else type(pipe.scheduler).__name__)
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,8 @@ def calibrate(
         raise UpcycleError(f"--speed-up {speed_up:g} must be more than 1, such as 1.5")
     if steps is not None and not 1 <= steps <= 1000:
         raise UpcycleError(f"--steps {steps} must be from 1 to 1000, the training's timesteps")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
     if not os.path.isdir(model):
         raise UpcycleError(f"{model}: no such folder; give one that convert or finetune made")
 

@@ -154,7 +154,7 @@ def sample(
         from upcycle.sampling.grid import save_grid
         from upcycle.sampling.pipeline import class_count, load_pipeline
         from upcycle.sampling.prompts import find
-        from upcycle.sampling.sampler import Sampling, decode, set_sampler
+        from upcycle.sampling.sampler import Sampling, decode, sampler_name, set_sampler
         from upcycle.sampling.sampler import steps as sampling_steps
 
         if not balanced:
@@ -203,7 +203,7 @@ def sample(
     for note in coarse.notes(pipe.transformer, steps):
         stderr.print(f"note: {note}")
     how = {
-        "sampler": sampler or type(pipe.scheduler).__name__, "steps": steps, "guidance_scale": guidance_scale,
+        "sampler": sampler_name(pipe), "steps": steps, "guidance_scale": guidance_scale,
         "guidance_channels": guidance_channels, "guidance_interval": interval, "hold": held,
     }  # fmt: skip
     if balanced:

@@ -12,8 +12,14 @@ def parse_interval(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     low, colon, high = text.partition(":")
-    if not colon or not low.strip().isdecimal() or not high.strip().isdecimal() or int(low) > int(high):
-        raise UpcycleError(f"--guidance-interval {text} is no range of timesteps, such as 200:700")
+    if (
+        not colon
+        or not low.strip().isdecimal()
+        or not high.strip().isdecimal()
+        or int(low) > int(high)
+        or int(high) > 999
+    ):
+        raise UpcycleError(f"--guidance-interval {text} is no range of timesteps from 0 to 999, such as 200:700")
     return int(low), int(high)
 
 

@@ -90,6 +90,25 @@ class Step:
 
 def set_sampler(pipe: DiTPipeline, name: str) -> None:
     """Give the pipeline one of `SAMPLERS` on its own noise schedule; an adapter's schedule of patches goes by it."""
+    pipe.scheduler = _scheduler(pipe, name)
+    if hasattr(pipe.transformer, "ddit"):
+        follow(pipe.transformer, pipe)
+
+
+def sampler_name(pipe: DiTPipeline) -> str:
+    """The name in `SAMPLERS` of the scheduler that the pipeline has, or its class where its settings are others."""
+    own = pipe.scheduler
+    for name, (cls, _) in SAMPLERS.items():
+        if type(own) is cls and _settings(_scheduler(pipe, name)) == _settings(own):
+            return name
+    return type(own).__name__
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+def _scheduler(pipe: DiTPipeline, name: str) -> Any:
     cls, changes = SAMPLERS[name]
     # DDIM and DDPM clip unless they are told not to, and the configs of other solvers do not say.
     changes = {**changes, "clip_sample": pipe.scheduler.config.get("clip_sample", False)}
@@ -98,14 +117,13 @@ def set_sampler(pipe: DiTPipeline, name: str) -> None:
         changes["variance_type"] = "learned_range" if learned else "fixed_small"
     elif "variance_type" in inspect.signature(cls).parameters:
         changes["variance_type"] = None
-    pipe.scheduler = cls.from_config(pipe.scheduler.config, **changes)
-    c = pipe.scheduler.config
+    scheduler = cls.from_config(pipe.scheduler.config, **changes)
+    c = scheduler.config
     if cls is DDPMScheduler and c.beta_schedule == "linear" and c.trained_betas is None:
         # Meta's tables are fp64; of fp32 ones the steps near t = 0 are off by 1e-5.
         betas = torch.linspace(c.beta_start, c.beta_end, c.num_train_timesteps, dtype=torch.float64)
-        pipe.scheduler.alphas_cumprod = (1 - betas).cumprod(0)
-    if hasattr(pipe.transformer, "ddit"):
-        follow(pipe.transformer, pipe)
+        scheduler.alphas_cumprod = (1 - betas).cumprod(0)
+    return scheduler
 
 
 def sample(pipe: DiTPipeline, labels: list[int], seeds: list[int], sampling: Sampling) -> torch.Tensor:
