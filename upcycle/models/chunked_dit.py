@@ -162,17 +162,16 @@ class TimestepLabelEmbedder(nn.Module):
         self.timestep_embedder = nn.ModuleDict({"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})
         self.class_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, width)})
 
-    def of_timestep(self, timestep: torch.Tensor) -> torch.Tensor:
-        """The timestep's part, [B] -> [B, D]."""
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """[B] and [B] -> [B, D]; without labels the timestep's part alone."""
         half = 128
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device)
         angle = timestep.float()[:, None] * torch.exp(exponent / (half - self.frequency_shift))
         linear_1, linear_2 = self.timestep_embedder["linear_1"], self.timestep_embedder["linear_2"]
         h = torch.cat([angle.cos(), angle.sin()], dim=-1).to(linear_1.weight.dtype)
-        return linear_2(F.silu(linear_1(h)))
-
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        h = self.of_timestep(timestep)
+        h = linear_2(F.silu(linear_1(h)))
+        if class_labels is None:
+            return h
         # Any label past the last class is the null class: DiTPipeline sends 1000 whatever the number of classes.
         return h + self.class_embedder["embedding_table"](class_labels.clamp(max=self.num_classes))
 
@@ -1516,7 +1515,7 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         scaffold_condition = F.silu(self.condition_norm(embeddings[0]))
         gates = None
         if self.dydit_routers is not None:
-            gates = self.dydit_routers(self.embedders[0].of_timestep(timestep), gate_seed)
+            gates = self.dydit_routers(self.embedders[0](timestep), gate_seed)
         run = self._forward_lean if self.config.scaffold == "lean" else self._forward_paper
         cached = self.is_cache_enabled
         with self._caching(hidden_states, timestep, class_labels) if cached else contextlib.nullcontext():
