@@ -11,9 +11,9 @@ from torch._dynamo.testing import CompileCounter
 
 from upcycle import provenance
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
+from upcycle.evaluation.flops import chunked_dit_flops, dit_flops, teacher_flops
 from upcycle.models.chunked_dit import ChunkedDiT
-from upcycle.sampling.budget import parse, share_spent
+from upcycle.sampling.budget import parse
 from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sources import open_source
 from upcycle.sources.student import load_student
@@ -200,7 +200,8 @@ def test_sample(export_dir, pipeline_dir, tmp_path, failing):
     lite = json.loads(inside("sample", export_dir, "--uncond-tail-drop", "0.5", *common, tmp_path / "lite").stdout)
     config = load_pipeline(str(export_dir)).transformer.config
     assert lite["tokens_kept"] == 64
-    assert lite["share_of_teacher"] == share_spent(config, [64, 32])
+    spent = sum(sum(chunked_dit_flops(config, tokens).values()) for tokens in (64, 32))
+    assert lite["share_of_teacher"] == pytest.approx(spent / (2 * teacher_flops(config)), rel=1e-12)
     assert "--tokens 300" in failing("sample", export_dir, "--tokens", "300", "-o", tmp_path / "no")
     assert "leave out --tokens" in failing("sample", pipeline_dir, "--tokens", "20", "-o", tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import inside
 from PIL import Image
 from processes import Process
 
-from upcycle.sampling.bulk import begin, draw_samples, label_and_seed
+from upcycle.sampling.bulk import begin, draw_samples, label_and_seed, read_record
 from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sampling.sampler import Sampling, decode, sample
 from upcycle.training.digits import TEACHER
@@ -126,3 +127,13 @@ def test_two_ranks_share_the_images(whole, tmp_path):
     for name in pictures(out):
         one, other = (np.array(Image.open(folder / name)).astype(int) for folder in (out, whole))
         assert abs(one - other).max() <= 1
+
+
+def test_a_cut_off_line_of_costs_is_passed_over(whole, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(whole, folder)
+    costs = folder / "costs-0.jsonl"
+    costs.write_bytes(costs.read_bytes()[:-20])
+    (folder / "000003.png").unlink()
+    inside("sample", "digits", *GIVEN, "--batch-size", 5, "-o", folder)
+    assert read_record(folder)["drawn"] == read_record(whole)["drawn"] - 2 + 1  # batches of 5, 5 and 2

@@ -400,3 +400,15 @@ def test_stock_diffusers_loads_and_saves_it(exports, tmp_path):
     assert same(dict(load_student(tmp_path / "one.safetensors").state_dict()), dict(model.state_dict()))
     saved = load_file(tmp_path / "again/diffusion_pytorch_model.safetensors")
     assert same(saved, load_file(tmp_path / "export/transformer/diffusion_pytorch_model.safetensors"))
+
+
+def test_half_precision_and_budgets(exports):
+    model = dynamic(exports / "gated")
+    label, t = torch.tensor([1, 10]), torch.tensor([500, 500])
+    before = model(noisy(2), t, label).sample
+    half = model.to(torch.bfloat16)(noisy(2).bfloat16(), t, label).sample
+    assert half.isfinite().all()
+    assert (half.float() - before).abs().mean() < 0.1 * before.abs().mean()
+    model.register_to_config(calibration={"steps": 4})
+    with pytest.raises(ValueError, match="gates"):  # no calibration holds what they spend
+        model.set_budget(share=0.7)

@@ -84,6 +84,9 @@ def compare(
             if model not in pipes:
                 pipe = pipes[model] = load_pipeline(model)
                 set_sampler(pipe, sampler)
+                if hasattr(pipe.transformer, "ddit") and batch_size > 1:
+                    limit = any(held is not None and held.limit is not None for held in holds)
+                    patches.check_batch(pipe.transformer, balanced=False, limit=limit)
             pipe = pipes[model]
             student = isinstance(pipe.transformer, ChunkedDiT)
             variants += [

@@ -147,7 +147,7 @@ def sample(
     with working(f"loading {model}"):
         import torch
 
-        from upcycle.evaluation.flops import step_flops
+        from upcycle.evaluation.flops import step_flops, teacher_flops
         from upcycle.models.chunked_dit import ChunkedDiT
         from upcycle.output import check_output, new_folder
         from upcycle.sampling import patches as coarse
@@ -200,6 +200,8 @@ def sample(
             budgets.put_on(pipe.transformer, asked, steps, guidance_scale > 1)
         if patches is not None and batch_size > 1:
             coarse.check_batch(pipe.transformer, balanced=balanced, limit=isinstance(held, float))
+    if student and pipe.transformer.budget and (held or interval):
+        stderr.print("note: the budget is that of a run that asks the model in every step and guides in all of them")
     for note in coarse.notes(pipe.transformer, steps):
         stderr.print(f"note: {note}")
     how = {
@@ -218,7 +220,7 @@ def sample(
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     images, runs, flops, questions = [], [], 0.0, 0
     kept: list[int] = []
-    kept_by_all: list[int] = []
+    calls = 0
     with progress() as bar:
         task = bar.add_task("sampling", total=len(batches) * steps)
         for batch in batches:
@@ -229,7 +231,7 @@ def sample(
                 if step.routing is not None:
                     counts_now = step.routing.mask.sum(1).tolist()
                     kept += counts_now[: len(step.asked)]  # then their unconditional twins
-                    kept_by_all += counts_now
+                    calls += len(counts_now)
                 bar.advance(task)
             images.append(decode(pipe, step.previous).cpu())
             if patches is not None:
@@ -251,14 +253,14 @@ def sample(
         if student:
             drop = pipe.transformer.tail_drop
             report["tail_drop"] = drop if isinstance(drop, float) else budgets.told(drop)
-            report["share_of_teacher"] = budgets.share_spent(pipe.transformer.config, kept_by_all)
+            report["share_of_teacher"] = flops / (calls * teacher_flops(pipe.transformer.config))
         print_json(report | ({"steps_by_size": sizes} if sizes is not None else {}))
         return
     if sizes is not None:
         stdout.print(coarse.told(sizes, out))
     if mean_kept is not None:
         stdout.print(f"tokens kept: {mean_kept:.1f} of {size} positions (conditional half, mean over steps)")
-        spent = budgets.share_spent(pipe.transformer.config, kept_by_all)
+        spent = flops / (calls * teacher_flops(pipe.transformer.config))
         found = f", at ρ = {budgets.told(pipe.transformer.tail_drop)}" if pipe.transformer.budget else ""
         stdout.print(f"FLOPs: {spent:.3f} of what the teacher's {'calls' if held else 'run'} would cost{found}")
     if held:

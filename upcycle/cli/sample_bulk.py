@@ -47,7 +47,7 @@ def sample_bulk(
             check_output_file(out, force, keep)
         elif force and folder.exists():
             check_output(folder, force, keep)  # nothing but samples
-            shutil.rmtree(folder)
+            shutil.rmtree(folder.resolve())
         elif folder.exists() and not folder.is_dir():
             raise UpcycleError(f"{folder} is a file; choose another folder with -o")
         begin(folder, how)
@@ -68,7 +68,8 @@ def sample_bulk(
     took = cost(record)
     if packed:
         write_npz(files, [label_and_seed(i, labels, how["seed"])[0] for i in range(num)], out, force)
-        shutil.rmtree(folder)
+        if not {path.name for path in folder.glob("*.png")} - {path.name for path in files}:  # else of a larger -n
+            shutil.rmtree(folder)
     if as_json:
         print_json({"out": str(out), "images": num, **how, **took})
         return

@@ -19,6 +19,7 @@ from upcycle.evaluation.speed import machine
 from upcycle.latents.vae import weights_hash
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import to_json, write_text
+from upcycle.sampling.budget import put_on
 from upcycle.sampling.bulk import HOW, budget_of, cost, draw_samples, read_record
 from upcycle.sampling.sampler import decode, set_sampler
 
@@ -157,6 +158,8 @@ def evaluate_model(
     if how["tail_drop"] is not None and isinstance(pipe.transformer, ChunkedDiT):
         pipe.transformer.set_tokens(None)
         pipe.transformer.set_tail_drop(how["tail_drop"])
+    elif isinstance(pipe.transformer, ChunkedDiT):
+        put_on(pipe.transformer, {}, how["steps"], how["guidance_scale"] > 1)  # a budget is one of a run
     how = {**dict.fromkeys(HOW), **how, **budget_of(pipe.transformer)}
     set_sampler(pipe, how["sampler"])
     how["model_sha256"] = weights_hash({**pipe.transformer.state_dict(), **pipe.vae.state_dict()})

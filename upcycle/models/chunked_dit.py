@@ -955,10 +955,10 @@ class DyDiTRouters(nn.Module):
     def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
         self.shape = layers, 2, heads - 1
-        self.width = nn.Linear(width, math.prod(self.shape))
+        self.width = LinearFP32(width, math.prod(self.shape))
         narrow = max(1, width // 16)
         self.tokens = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, narrow), nn.ReLU(), nn.Linear(narrow, 1)) for _ in range(layers)
+            nn.Sequential(LinearFP32(width, narrow), nn.ReLU(), LinearFP32(narrow, 1)) for _ in range(layers)
         )
         for layer in (self.width, *(router[-1] for router in self.tokens)):
             nn.init.zeros_(layer.weight)
@@ -1249,6 +1249,8 @@ class ChunkedDiT(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
         known: dict[str, Any] | None = self.config.calibration
         if not known:
             raise ValueError("this model is not calibrated, so it cannot meet a budget; run upcycle calibrate on it")
+        if self.config.dydit:
+            raise ValueError("gates (dydit) spend by the timestep, which no calibration holds; set a tail drop instead")
         if guided and not known["unconditional"]:
             raise ValueError("this model is calibrated without guidance; run upcycle calibrate with --guidance-scale")
         halves = 2 if guided or (guided is None and known["unconditional"]) else 1

@@ -1,11 +1,10 @@
 """Budgets of a student as words of the command line, and what a run really spent."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from upcycle.errors import UpcycleError
-from upcycle.evaluation.flops import chunked_dit_flops, teacher_flops
 
 TAIL_DROP, UNCOND_TAIL_DROP, TOKENS, BUDGET = "--tail-drop", "--uncond-tail-drop", "--tokens", "--budget"
 _FORMS = {
@@ -70,12 +69,12 @@ def put_on(transformer: Any, given: Mapping[str, Any], steps: int, guided: bool)
         if not all(1 <= number <= positions for number in numbers):
             raise UpcycleError(f"{TOKENS} {told(asked)}: this model keeps 1 to {positions} tokens")
         transformer.set_tokens(asked)
-    elif TAIL_DROP in given or BUDGET in given:
+    elif given:
         transformer.set_tokens(None)
     if TAIL_DROP in given:
         transformer.set_tail_drop(given[TAIL_DROP])
-    wish = given.get(BUDGET) or transformer.budget
-    if wish:
+    wish = given.get(BUDGET) or (transformer.budget if transformer.tokens is None else None)
+    if TOKENS in given or wish:
         transformer.set_tail_drop(0.0)
     if UNCOND_TAIL_DROP in given:
         transformer.set_lite_cfg(given[UNCOND_TAIL_DROP])
@@ -94,10 +93,3 @@ def told(value: Any) -> str:
     if not all(isinstance(pair, list | tuple) for pair in pairs):
         return f"{len(pairs)} values"
     return ",".join(f"{t}:{number:g}" for t, number in pairs)
-
-
-def share_spent(config: Mapping[str, Any], kept: Iterable[int]) -> float:
-    """What forwards that kept so many tokens cost, beside as many of the teacher's; the papers' counting."""
-    counts = [*kept]
-    spent = sum(sum(chunked_dit_flops(config, tokens).values()) for tokens in counts)
-    return spent / (len(counts) * teacher_flops(config))

@@ -4,6 +4,7 @@ of them in one ``.npz`` file as ADM's evaluator reads it."""
 import hashlib
 import json
 import os
+import re
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -26,9 +27,11 @@ from upcycle.sampling.sampler import Hold, Sampling, decode, steps
 RECORD = "samples.json"
 BUDGET = ("tail_drop", "uncond_tail_drop", "tokens")
 HOW = (
-    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "hold", *BUDGET, "seed", "dtype",
+    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "hold", *BUDGET, "patches",
+    "classes", "seed", "dtype",
 )  # fmt: skip
-"""What a record says about how samples were drawn; ``model`` and ``model_sha256`` say of what."""
+"""What a record says about how samples were drawn, None where nothing was asked for; ``model`` and ``model_sha256`` say
+of what."""
 SUMS = ("drawn", "seconds", "flops", "kept", "calls")
 
 
@@ -51,9 +54,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads((folder / RECORD).read_bytes())
-        {name: record[name] for name in (*HOW, "model", "model_sha256")}
+        record = {**dict.fromkeys(HOW), **record, "model": record["model"], "model_sha256": record["model_sha256"]}
         lines = [line for file in sorted(folder.glob("costs-*.jsonl")) for line in file.read_text().splitlines()]
-        sums = [json.loads(line) for line in lines if line.endswith("}")]  # one may have been cut off
+        sums = [
+            json.loads(line) for line in lines if re.fullmatch(r"\{.*\}", line.strip())
+        ]  # one may have been cut off
         return {**record, **{name: sum(line[name] for line in sums) for name in SUMS}}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UpcycleError(f"{folder / RECORD} is damaged ({error!r}); delete {folder} and draw again") from error
@@ -157,7 +162,7 @@ def draw_samples(
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(partial, format="PNG")
             partial.replace(folder / names[index])
         with (folder / f"costs-{rank}.jsonl").open("a") as file:
-            file.write(to_json(took).replace("\n", " ") + "\n")
+            file.write("\n" + to_json(took).replace("\n", " ") + "\n")  # after what may have been cut off
     return [folder / name for name in names]
 
 
