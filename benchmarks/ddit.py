@@ -209,14 +209,15 @@ class Bench:
 
         return run
 
-    def in_turn(self, ways: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-        """Seconds of each way by rounds, after one that warms up."""
+    def in_turn(self, ways: dict[str, Callable[[], float]], warm: bool = False) -> dict[str, list[float]]:
+        """Seconds of each way by rounds, after one that warms up where the model is not ``warm`` yet."""
+        if not warm:
+            for way in ways.values():
+                way()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for round_ in range(self.options.repeats + 1):
+        for _ in range(self.options.repeats):
             for name, way in ways.items():
-                taken = way()
-                if round_:
-                    seconds[name].append(taken)
+                seconds[name].append(way())
         return seconds
 
     def steps(self) -> dict[str, Any]:
@@ -258,16 +259,34 @@ class Bench:
         n = self.options.steps
         cost = {m: rows[f"m = {m}"]["flops"] for m in (1, *PATCHES)}
         schedules = {"m = 1": [(1, 1.0)], **SCHEDULES}
-        limit = 1.5 * statistics.median(self.changes())
-        ways: dict[str, Callable[[], float]] = {}
         sizes: dict[str, list[int]] = {}
-        ran: dict[str, list[int]] = {}
-        for name, fixed in schedules.items():
-            ways[name] = self.scheduled(fixed=fixed)
-            ways[name]()
-            sizes[name] = [entry["m"] for entry in self.model.schedule.log]
-            ways[f"{name}, cache"] = self.cached(sizes[name], limit, ran.setdefault(f"{name}, cache", []))
-        seconds = self.in_turn(ways)
+        changes: list[float] = []
+
+        def logged(name: str) -> Callable[[], float]:
+            run = self.scheduled(fixed=schedules[name])
+
+            def timed() -> float:
+                taken = run()
+                sizes[name] = [entry["m"] for entry in self.model.schedule.log]
+                return taken
+
+            return timed
+
+        def watched() -> float:
+            """The run of the stock size; how much its latents change is the cache's measure."""
+            cache = OutputCache(lambda z, step: self.call(self.model, z, step), 0.0)
+            self.model.set_schedule(steps=n, fixed=schedules["m = 1"])
+            taken = self.run(cache)
+            sizes["m = 1"], changes[:] = [1] * n, cache.changes
+            return taken
+
+        fixed = {name: watched if name == "m = 1" else logged(name) for name in schedules}
+        seconds = self.in_turn(fixed, warm=True)  # `steps` has run every size
+        limit = 1.5 * statistics.median(changes)
+        ran: dict[str, list[int]] = {f"{name}, cache": [] for name in schedules}
+        cached = {f"{name}, cache": self.cached(sizes[name], limit, ran[f"{name}, cache"]) for name in schedules}
+        seconds |= self.in_turn(cached, warm=True)
+        ways = [way for name in schedules for way in (name, f"{name}, cache")]
         found: dict[str, Any] = {}
         for name in ways:
             forwards = ran[name] if name in ran else sizes[name]
@@ -284,12 +303,6 @@ class Bench:
                 product = found[name]["speed_up"] * found["m = 1, cache"]["speed_up"]
                 found[f"{name}, cache"]["product_of_both"] = product
         return found
-
-    def changes(self) -> list[float]:
-        cache = OutputCache(lambda z, step: self.call(self.model, z, step), 0.0)
-        self.model.set_schedule()
-        self.run(cache)
-        return cache.changes
 
     def cached(self, sizes: list[int], limit: float, ran: list[int]) -> Callable[[], float]:
         """A run with a cache around a model that takes each step at its size of ``sizes``; a schedule of its own would
@@ -317,7 +330,7 @@ class Bench:
             "stays at 2": self.scheduled(fixed=[(2, 1.0)]),
             "alternates": self.scheduled(fixed=alternating),
         }
-        seconds = self.in_turn(ways)
+        seconds = self.in_turn(ways, warm=True)
         assert [entry["m"] for entry in self.model.schedule.log] == [1 + step % 2 for step in range(n)]
         step = 1000 * statistics.median(seconds["plain"]) / n
         extra = [b - a for a, b in zip(seconds["plain"], seconds["looking"], strict=True)]
