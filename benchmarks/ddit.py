@@ -187,7 +187,7 @@ class Bench:
     def wait(self) -> float:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+        return time.process_time() if self.options.clock == "cpu" else time.perf_counter()
 
     def call(self, model: torch.nn.Module, z: torch.Tensor, step: int) -> torch.Tensor:
         return self.case.call(model, z.to(self.dtype), self.times[step]).float()
@@ -431,6 +431,8 @@ def main() -> None:
     parser.add_argument("--parts", default="run,overhead", help="beside the steps: some of run, overhead, or none")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
+                        help="cpu: seconds of this process on the CPU, for a machine that others work on too")  # fmt: skip
     parser.add_argument("--small", action="store_true", help="everything tiny")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -439,12 +441,15 @@ def main() -> None:
         parser.error(f"--models: {min(unknown)} is none of {', '.join(CASES)}")
     if unknown := set(parts) - {"run", "overhead", "none"}:
         parser.error(f"--parts: {min(unknown)} is none of run, overhead, none")
+    if options.clock == "cpu" and options.device != "cpu":
+        parser.error("--clock cpu is for --device cpu")
     if min(options.depth, options.repeats) < 1 or options.steps < 5 or options.frames % 4 != 1:
         parser.error("--depth and --repeats must be at least 1, --steps 5, --frames one more than a multiple of 4")
     settings = {key: value for key, value in vars(options).items() if key != "json"}
     report: dict[str, Any] = {"machine": machine(torch.device(options.device)), "settings": settings, "models": {}}
     if not options.json:
-        print(f"{report['machine']}, {options.dtype}, {options.steps} steps, medians of {options.repeats}")
+        clock = ", CPU seconds" if options.clock == "cpu" else ""
+        print(f"{report['machine']}, {options.dtype}, {options.steps} steps, medians of {options.repeats}{clock}")
     for name in names:
         with torch.inference_mode():
             bench = Bench(CASES[name](options), options)

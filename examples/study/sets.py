@@ -1,6 +1,7 @@
 """The two sets of the study: their teachers, data, held-out images, and the classifier whose features judge samples."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +45,7 @@ class ShapesNet(nn.Module):
         super().__init__()
         widths = (3, 24, 48, 64, 64)
         self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, padding=1, stride=1 if i == 3 else 2)
-            for i, o in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(i, o, 3, padding=1, stride=1 if i == 3 else 2) for i, o in itertools.pairwise(widths)
         )
         self.head = nn.Linear(64, len(CLASSES))
 

@@ -1,252 +1,347 @@
-"""Post-training on the digits, several ways from one teacher: loss and trajectories against steps.
+"""The study: what upcycling gives, on the digits and on procedural shapes, against honest baselines.
 
     pip install -e '.[digits]'
-    python examples/study/study.py [--out runs/study] [--arms exact paper ...] [--seeds 0 1 2] [--steps 400] [--jobs 2]
-    python examples/study/study.py --report      # table and picture again, of what has been run
+    python examples/study/study.py --quick                   # a look, minutes on two CPU cores
+    python examples/study/study.py                           # all of it, hours; go on with the same command
+    python examples/study/study.py --report --docs           # write docs/results.md of what has been run
+    python examples/study/study.py --scale S --device cuda   # shapes of 64 x 64 pixels, DiT-S; --scale B for DiT-B
 
-Every arm is a recipe for `upcycle finetune`, with the same batches and number of steps. At every quarter of a run its
-averaged weights are judged on held-out digits (epsilon-MSE at ten timesteps) and on 100 whole trajectories (50 DDIM
-steps, guidance 2): their mean squared distance to the teacher's from the same seeds, and how often an SVM trained on
-the real digits reads the wanted class. Run it again to go on where it was interrupted.
+Every arm (`arms.py`) is a recipe of `upcycle finetune`; each is judged on held-out noise MSE and on whole trajectories
+beside the teacher's (`judging.py`), the exact graft also against the teacher with fewer steps, step holding and token
+merging at equal FLOPs and time (`baselines.py`), and its router against the objects' true masks (`masks.py`). Results
+are kept as they come; what is there with the same settings is not run again.
 """
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline
-from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
-from sklearn.svm import SVC
+from arms import ARMS, arms_of, recipe_of, slug
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sets import SHAPES_CLASSIFIER, SHAPES_TEACHER, Set, digits, shapes, train_classifier
 
-from upcycle.evaluation.validation import validate
-from upcycle.graft.verify import load_student
-from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import write_text
-from upcycle.recipe import Recipe, load_recipe
-from upcycle.sampling.draw import TokenCounter, clamp_null_class, draw
-from upcycle.training import schedule
-from upcycle.training.digits import TEACHER, load_digits
-from upcycle.training.state import RunState
-
-SHIPPED = Path(__file__).parents[2] / "recipes" / "digits.yaml"
-LABELS = list(range(10)) * 10
-ALIGN_SHARE = 0.2
-PUBLISHED = {"diffusion": 1.0, "variational": 1.0, "distill": 0.0, "ratio": 0.03, "router": 0.0}
-ARMS = {
-    "exact": "exact graft, our losses (recipes/digits.yaml)",
-    "exact-published-losses": "exact graft, the paper's losses (noise MSE, variational bound, ratio)",
-    "paper-our-losses": "published start, our losses",
-    "paper": "published start, block distillation, then the paper's losses",
-    "scratch": "published scaffold, nothing from the teacher, the paper's losses",
-}
 
 
-def recipe_of(arm: str, seed: int, steps: int, out: Path) -> dict[str, Any]:
-    """The shipped recipe, changed where the arm differs."""
-    content = yaml.safe_load(SHIPPED.read_text())
-    stage = content["stages"][0]
-    stage["steps"] = steps
-    content |= {"seed": seed, "out": str(out / "run"), "save_every": max(1, steps // 4), "keep_checkpoints": 4}
-    del content["validation"]
-    if not arm.startswith("exact"):
-        content["convert"] = {"ratio": 4, "init": "paper"}
-    if arm != "exact" and arm != "paper-our-losses":
-        stage["losses"] = PUBLISHED
-        content["optimizer"] = {"router_lr_scale": 10.0 if arm.startswith("exact") else 1.0}
-    if arm == "paper":
-        align = {**stage, "name": "align", "steps": round(ALIGN_SHARE * steps), "tail_drop": {"values": []}}
-        align["losses"] = {**PUBLISHED, "diffusion": 0.0, "variational": 0.0, "blocks": 1.0}
-        content["stages"] = [{**align, "schedule": "constant"}, {**stage, "steps": steps - align["steps"]}]
-    if arm == "scratch":
-        del content["convert"]
-        stage["freeze"] = []
-        content["student"] = str(out / "start")
-    return content
+@dataclass(frozen=True)
+class Plan:
+    """How large a study is. ``steps`` and ``batch`` of an arm, ``samples`` drawn, by set; ``held_out``: images of the
+    held-out noise MSE; ``timed``: samples of the timed rounds of the baselines, whose full run takes ``full_steps``."""
+
+    sets: tuple[str, ...]
+    steps: dict[str, int]
+    batch: dict[str, int]
+    samples: dict[str, int]
+    held_out: int
+    full_steps: int
+    timed: int
+    repeats: int
+    images: int = 16384
+    pixels: int = 32
+    teacher: dict[str, Any] | None = None
+    """How the shapes' teacher is trained; None for the one that is here."""
 
 
-def scratch_start(recipe: dict[str, Any], seed: int) -> None:
-    """An export whose blocks and embedders are as fresh as its scaffold, as DiT starts (adaLN at zero)."""
-    start = Path(recipe["student"])
-    if start.exists():
-        return
-    fresh = start.with_name("start.partial")
-    command = [sys.executable, "-m", "upcycle", "convert", str(TEACHER), "--init", "paper", "-o", str(fresh), "--force"]
-    subprocess.run([*command, "--seed", str(seed), "--no-verify"], check=True, capture_output=True)
-    path = fresh / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(path)
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in weights.items():
-        if name.startswith(("embedders.", "transformer_blocks.")):
-            tensor.zero_()
-            if "embedding_table" in name or "timestep_embedder" in name:
-                tensor.normal_(0, 0.02 if name.endswith("weight") else 0.0, generator=generator)
-            elif tensor.ndim == 2 and ".norm1.linear." not in name:
-                torch.nn.init.xavier_uniform_(tensor, generator=generator)
-    save_file(weights, path, metadata={"format": "pt"})
-    fresh.rename(start)
+PLANS = {
+    "quick": Plan(("digits", "shapes"), {"digits": 30, "shapes": 12}, {"digits": 32, "shapes": 8},
+                  {"digits": 12, "shapes": 8}, held_out=20, full_steps=20, timed=2, repeats=1, images=2048),
+    "tiny": Plan(("digits", "shapes"), {"digits": 240, "shapes": 240}, {"digits": 64, "shapes": 32},
+                 {"digits": 100, "shapes": 60}, held_out=80, full_steps=50, timed=6, repeats=3),
+    "S": Plan(("shapes",), {"shapes": 1500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
+              repeats=3, images=65536, pixels=64,
+              teacher={"size": "S", "steps": 8000, "batch_size": 128, "lr": 4e-4}),
+    "B": Plan(("shapes",), {"shapes": 500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
+              repeats=3, images=65536, pixels=64,
+              teacher={"size": "B", "steps": 3000, "batch_size": 128, "lr": 3e-4}),
+}  # fmt: skip
+SCALE_ARMS = ["exact", "published, distilled", "from scratch", "N = 16", "grid boundaries", "random boundaries"]
 
 
-def run_arm(arm: str, seed: int, steps: int, out: Path) -> None:
-    """Train one arm with the real command, then judge its checkpoints in a process of its own."""
-    folder = out / f"{arm}-{seed}"
-    if (folder / "result.json").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = recipe_of(arm, seed, steps, folder)
-    if arm == "scratch":
-        scratch_start(recipe, seed)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    resume = ["--resume"] if (folder / "run").exists() else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    train = [sys.executable, "-m", "upcycle", "finetune", str(folder / "recipe.yaml"), *resume]
-    judge = [sys.executable, __file__, "--judge", str(folder)]
-    for command in (train, judge):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    print(f"{arm}, seed {seed}: done", file=sys.stderr, flush=True)
+@dataclass(frozen=True)
+class Job:
+    """A piece of work for a process of its own. ``kind``: arm, baselines or masks."""
+
+    kind: str
+    plan: str
+    set: str
+    out: str
+    device: str
+    arm: str = ""
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out, self.set, f"{slug(self.arm)}-{self.seed}" if self.kind == "arm" else self.kind)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result must have been made with to be taken as it is; paths aside."""
+        plan = PLANS[self.plan]
+        common = {"samples": plan.samples[self.set], "held_out": plan.held_out, "pixels": plan.pixels}
+        if self.kind != "arm":
+            return {**common, "full_steps": plan.full_steps, "repeats": plan.repeats}
+        return {**common, "recipe": portable(self.recipe())}
+
+    def recipe(self) -> dict[str, Any]:
+        plan, arm = PLANS[self.plan], ARMS[self.arm]
+        study_set = open_set(self.set, self.plan, self.out)
+        data = str(Path(self.out, self.set, "teacher-made")) if arm.teacher_made else study_set.data
+        content = recipe_of(arm, study_set, self.seed, plan.steps[self.set], plan.batch[self.set], self.folder, data)
+        if self.device != "cpu":
+            content |= {"mixed_precision": "bf16", "data_workers": 8}
+        return content
 
 
-def trajectories(folder: Path, transformer: ChunkedDiT | None = None) -> tuple[torch.Tensor, float | None]:
-    """Samples [100, 1, 16, 16] in [0, 1] and the mean number of tokens that the student keeps."""
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    if transformer is None:
-        clamp_null_class(pipe.transformer)
-        counter = None
-    else:
-        pipe.transformer = transformer
-        counter = TokenCounter(transformer, len(LABELS))
-    images = draw(pipe, LABELS, list(range(len(LABELS))), 50, 2.0)
-    if counter is None:
-        return images, None
-    counter.remove()
-    return images, torch.tensor(counter.kept).float().mean().item()
+def portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the places that depend on where the study is kept."""
+    return {key: value for key, value in recipe.items() if key not in ("out", "data", "teacher", "student")}
 
 
-@torch.inference_mode()
-def judge(folder: Path) -> None:
-    """Write result.json: a row for each checkpoint of the run in ``folder``."""
-    recipe = load_recipe(folder / "recipe.yaml")
-    start = Path(recipe.student or f"{recipe.out}/start")
-    images, labels = load_digits("val")
-    train_images, train_labels = load_digits("train")
-    svm = SVC().fit(train_images.flatten(1).numpy(), train_labels.numpy())
-    teachers, _ = trajectories(TEACHER)
-    rows = []
-    for step, student in averaged_students(recipe, start):
-        student.eval()
-        loss = validate(student, images, labels, student.alpha_bar(torch.arange(1000)))
-        samples, tokens = trajectories(start, student)
-        rows.append(
-            {
-                "step": step,
-                "val_loss": loss.mean_loss,
-                "val_loss_by_t": loss.loss,
-                "paired_mse": (2 * (samples - teachers)).square().mean().item(),  # of pixels in [-1, 1]
-                "class_accuracy": svm.score((2 * samples - 1).flatten(1).numpy(), LABELS),
-                "tokens": tokens,
-            }
+def open_set(name: str, plan_name: str, out: str) -> Set:
+    plan = PLANS[plan_name]
+    if name == "digits":
+        return digits()
+    folder = Path(out, name)
+    own = plan.teacher is not None
+    return shapes(
+        folder,
+        teacher=folder / "teacher" if own else SHAPES_TEACHER,
+        classifier=folder / "classifier.safetensors" if own else SHAPES_CLASSIFIER,
+        pixels=plan.pixels,
+        images=plan.images,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a process of its own
+
+
+def work(job: Job) -> None:
+    """Do a job and write ``result.json`` into its folder."""
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    begun = time.perf_counter()
+    plan, study_set = PLANS[job.plan], open_set(job.set, job.plan, job.out)
+    found: dict[str, Any] = {"job": asdict(job), "settings": job.settings, "machine": machine(job.device)}
+    if job.kind == "arm":
+        found |= train_and_judge(job, study_set)
+    elif job.kind == "baselines":
+        from baselines import measure_baselines
+
+        found["report"] = measure_baselines(
+            study_set,
+            exports(job, ("exact", "N = 16")),
+            samples=plan.samples[job.set],
+            timed_samples=plan.timed,
+            repeats=plan.repeats,
+            steps=plan.full_steps,
         )
-    write_text(folder / "result.json", json.dumps(rows, indent=1))
+    else:
+        from masks import measure_masks
+
+        students = exports(job, ("exact", "without supervision", "N = 16"))
+        found["report"] = measure_masks(
+            students, count=4 * plan.samples[job.set], pixels=plan.pixels, teacher=study_set.teacher
+        )
+    found["seconds"] = time.perf_counter() - begun
+    write_text(job.folder / "result.json", json.dumps(found, indent=1))
 
 
-def averaged_students(recipe: Recipe, start: Path):
-    """(step, student with its averaged weights) at step 0 and at every checkpoint."""
-    yield 0, load_student(start)
-    for checkpoint in sorted(Path(recipe.out, "checkpoints").glob("step-*")):
-        student = load_student(start)
-        begin = student.guide
-        run = RunState(student, recipe.ema)
-        run.load_state_dict(torch.load(checkpoint / "run.pt", weights_only=True))
-        with run.averaged(student, schedule.guide(recipe, run.step, begin)):
-            yield run.step, student
-
-
-def runs_of(out: Path, arm: str, seeds: list[int]) -> list[list[dict[str, Any]]]:
-    """The rows of every seed of an arm that has been run."""
-    paths = [out / f"{arm}-{seed}" / "result.json" for seed in seeds]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
-
-
-def table(out: Path, arms: list[str], seeds: list[int]) -> str:
-    """Mean over the seeds, with the lowest and highest of them."""
-    lines = ["| arm | seeds | step | val ε-MSE | trajectories, paired MSE | class accuracy | tokens |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+def exports(job: Job, arms: tuple[str, ...]) -> dict[str, str]:
+    """The exports of arms that have been run, of the first seed that has one."""
+    found = {}
     for arm in arms:
-        runs = runs_of(out, arm, seeds)
-        for rows in zip(*runs, strict=True):
-            cells = [_spread([row[key] for row in rows]) for key in ("val_loss", "paired_mse", "class_accuracy")]
-            tokens = mean(row["tokens"] for row in rows)
-            lines.append(f"| {arm} | {len(runs)} | {rows[0]['step']} | {' | '.join(cells)} | {tokens:.0f} |")
-    return "\n".join(lines)
+        folders = sorted(Path(job.out, job.set).glob(f"{slug(arm)}-[0-9]*/run/export"))
+        if folders:
+            found[arm] = str(folders[0])
+    return found
 
 
-def _spread(values: list[float]) -> str:
-    if max(values) - min(values) < 5e-5:
-        return f"{mean(values):.4f}"
-    return f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+def train_and_judge(job: Job, study_set: Set) -> dict[str, Any]:
+    from judging import Judge, judge_run, judge_trained_on, scratch_start
+    from parts import leave_out
+
+    from upcycle.training.run import finetune, prepare
+
+    arm, folder, recipe_file = ARMS[job.arm], job.folder, job.folder / "recipe.yaml"
+    write_text(recipe_file, yaml.safe_dump(job.recipe(), sort_keys=False))
+    plan = PLANS[job.plan]
+    judge = Judge(study_set, plan.samples[job.set], plan.held_out, Path(job.out, job.set), job.device)
+    if arm.start == "teacher":
+        return {"rows": judge_trained_on(judge, recipe_file), "teacher": judge.judge_teacher()}
+    if arm.without:
+        leave_out(arm.without)
+    if arm.start == "scratch":
+        scratch_start(folder / "start", study_set.teacher, job.seed)
+    from upcycle.recipe import load_recipe
+
+    if not (folder / "run" / "export").exists():
+        resume = (folder / "run").exists()
+        finetune(prepare(load_recipe(recipe_file), resume=resume), resume=resume)
+    log = (folder / "run" / "log.csv").read_text().splitlines()
+    names, first = (line.split(",") for line in log[:2])
+    return {"rows": judge_run(judge, recipe_file, arm.tail_drops), "first_losses": dict(zip(names, first, strict=True))}
 
 
-def plot(out: Path, arms: list[str], seeds: list[int], path: Path) -> None:
-    """Loss and paired MSE against steps: means as lines, the seeds as bands."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    teacher = json.loads((out / "teacher.json").read_text())["val_loss"]
-    columns = {"val_loss": "held-out ε-MSE", "paired_mse": "paired MSE of samples"}
-    for axis, (key, title) in zip(axes, columns.items(), strict=True):
-        for arm in arms:
-            if not (runs := runs_of(out, arm, seeds)):
-                continue
-            values = [[row[key] for row in rows] for rows in zip(*runs, strict=True)]
-            steps = [row["step"] for row in runs[0]]
-            (line,) = axis.plot(steps, [mean(v) for v in values], label=arm)
-            low, high = [min(v) for v in values], [max(v) for v in values]
-            axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
-        axis.set(yscale="log", xlabel="steps", title=title)
-    axes[0].axhline(teacher, color="black", linestyle=":", label="teacher")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+def machine(device: str) -> str:
+    from upcycle.evaluation.speed import machine
+
+    return machine(torch.device(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def prepare_sets(options: argparse.Namespace, names: list[str]) -> None:
+    """What all arms of a set share, made once: shapes, at a larger scale their teacher, the teacher's own samples."""
+    plan = PLANS[options.plan]
+    for name in names:
+        folder = options.out / name
+        if plan.teacher and not (folder / "teacher").exists():
+            from teachers import make_teacher
+
+            make_teacher(
+                folder / "teacher",
+                **plan.teacher,
+                pixels=plan.pixels,
+                images=plan.images,
+                seed=0,
+                device=options.device,
+            )
+        if plan.teacher and not (folder / "classifier.safetensors").exists():
+            train_classifier(folder / "classifier.safetensors", pixels=plan.pixels, device=options.device)
+        study_set = open_set(name, options.plan, str(options.out))
+        made = folder / "teacher-made"
+        if any(ARMS[arm].teacher_made for arm in options.arms or arms_of(name, options.quick)):
+            count = 100 if options.quick else 1500
+            command = ["synthesize", study_set.teacher, "-o", str(made), "--count", str(count), "--steps", "20"]
+            run([*command, "--guidance-scale", "1.5", "--batch-size", "50"], options.out / f"{name}-synthesize.txt")
+
+
+def run(arguments: list[str], log: Path) -> None:
+    """An `upcycle` command whose words go to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        done = subprocess.run([sys.executable, "-m", "upcycle", *arguments], stdout=file, stderr=file)
+    if done.returncode:
+        raise SystemExit(f"upcycle {' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
+
+
+def is_done(job: Job) -> bool:
+    """Whether its result is there, of the same settings; what was made with others is removed."""
+    result = job.folder / "result.json"
+    if result.is_file():
+        if json.loads(result.read_text())["settings"] == json.loads(json.dumps(job.settings)):
+            return True
+        shutil.rmtree(job.folder)
+    return False
+
+
+def start(job: Job) -> float:
+    """Do a job in a process of its own; seconds."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if job.device == "cpu" else dict(os.environ)
+    begun = time.perf_counter()
+    with (job.folder / "log.txt").open("a") as log:
+        command = [sys.executable, __file__, "--work", json.dumps(asdict(job))]
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log)
+    if done.returncode:
+        text = (job.folder / "log.txt").read_text()[-2000:]
+        raise RuntimeError(f"{job.folder} failed, the rest goes on:\n{text}")
+    return time.perf_counter() - begun
+
+
+def do(jobs: list[Job], at_once: int, bar: Progress) -> bool:
+    """Do the jobs that are not done; whether all of them succeeded."""
+    waiting = [job for job in jobs if not is_done(job)]
+    if not waiting:
+        return True
+    task, fine = bar.add_task(waiting[0].kind, total=len(waiting)), True
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {pool.submit(start, job): job for job in waiting}
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                seconds = future.result()
+            except RuntimeError as error:
+                fine = False
+                print(error, file=sys.stderr, flush=True)
+            else:
+                print(
+                    f"{job.set}, {job.arm or job.kind}, seed {job.seed}: {seconds:.0f} s", file=sys.stderr, flush=True
+                )
+            bar.advance(task)
+    return fine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--jobs", type=int, default=2, help="arms at a time, one thread each")
-    parser.add_argument("--report", action="store_true", help="run nothing: table and picture of what has been run")
-    parser.add_argument("--judge", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="few steps, samples and arms: whether it runs, no figures")
+    parser.add_argument("--scale", choices=["S", "B"], help="DiT-S or DiT-B on shapes of 64 x 64 pixels")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--sets", nargs="+", choices=["digits", "shapes"], help="default: both")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"some of: {'; '.join(ARMS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of --quick and --scale 0")
+    parser.add_argument("--jobs", type=int, help="at a time, one thread each; default 2, on a GPU 1")
+    parser.add_argument("--out", type=Path, help="default: runs/study, runs/study-quick, runs/study-S ...")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what has been run")
+    parser.add_argument("--docs", action="store_true", help="write them into docs/ too")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.judge:
-        judge(options.judge)
+    if options.work:
+        work(Job(**json.loads(options.work)))
         return
-    jobs = [] if options.report else [(arm, seed) for seed in options.seeds for arm in options.arms]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: run_arm(*job, options.steps, options.out), jobs))
-    teacher = validate_teacher()
-    (options.out / "teacher.json").write_text(json.dumps({"val_loss": teacher}))
-    text = f"{table(options.out, options.arms, options.seeds)}\n\nteacher: {teacher:.4f}, seeds {options.seeds}\n"
-    (options.out / "table.md").write_text(text)
-    plot(options.out, options.arms, options.seeds, options.out / "study.png")
+    if options.quick and options.scale:
+        parser.error("--quick is of the study on a CPU: leave out --scale, or --quick")
+    options.plan = "quick" if options.quick else options.scale or "tiny"
+    suffix = "" if options.plan == "tiny" else f"-{options.plan}"
+    options.out = options.out or Path(f"runs/study{suffix}")
+    plan = PLANS[options.plan]
+    names = [name for name in options.sets or plan.sets if name in plan.sets]
+    seeds = options.seeds or ([0] if options.plan != "tiny" else [0, 1, 2])
+    at_once = options.jobs or (2 if options.device == "cpu" else 1)
+    fine = True
+    if not options.report:
+        options.arms = options.arms or (SCALE_ARMS if options.scale else None)
+        prepare_sets(options, names)
+
+        def job(kind: str, name: str, arm: str = "", seed: int = 0) -> Job:
+            return Job(kind, options.plan, name, str(options.out), options.device, arm, seed)
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), disable=not sys.stderr.isatty()) as bar:
+            by_set = [
+                [
+                    job("arm", name, arm, seed)
+                    for seed in seeds
+                    for arm in options.arms or arms_of(name, options.quick)
+                    if seed == seeds[0] or not ARMS[arm].once
+                ]
+                for name in names
+            ]
+            in_turn = [one for pair in itertools.zip_longest(*by_set) for one in pair if one]
+            fine = do(in_turn, at_once, bar)
+            fine &= do([job("masks", name) for name in names if name == "shapes"], 1, bar)
+            # Timed: nothing beside it.
+            fine &= do([job("baselines", name) for name in names], 1, bar)
+    from results import write
+
+    text = write(options.out, options.plan, docs=options.docs)
     print(text)
-
-
-def validate_teacher() -> float:
-    """The teacher's validation loss."""
-    pipe = DiffusionPipeline.from_pretrained(TEACHER, trust_remote_code=True)
-    alpha_bar = pipe.scheduler.alphas_cumprod
-    return validate(pipe.transformer, *load_digits("val"), alpha_bar).mean_loss
+    if not fine:
+        raise SystemExit("some jobs failed; the same command tries them again")
 
 
 if __name__ == "__main__":

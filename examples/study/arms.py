@@ -1,0 +1,147 @@
+"""The arms of the study: every one is a recipe of `upcycle finetune`, and what it changes of the exact graft's."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from sets import Set
+
+from upcycle.shipped import shipped_recipe
+
+BASE = shipped_recipe("digits")
+ALIGN_SHARE = 0.2
+PUBLISHED = {"diffusion": 1.0, "variational": 1.0, "distill": 0.0, "ratio": 0.03, "router": 0.0}
+Recipe = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``what`` it is in a few words; ``change`` turns the exact graft's recipe into its own. ``without``: one of
+    `parts.PARTS`. ``times``: how many times as many steps it takes. ``start``: ``"scratch"`` for fresh blocks,
+    ``"teacher"`` for a teacher that is trained on and no student. ``teacher_made``: trained on the teacher's samples.
+    ``tail_drops``: budgets that it is judged with beside the whole one. ``once``: with the
+    first seed only; ``quick``: whether `--quick` runs it."""
+
+    what: str
+    change: Callable[[Recipe], None] = lambda recipe: None
+    without: str | None = None
+    times: int = 1
+    start: str | None = None
+    teacher_made: bool = False
+    tail_drops: tuple[float, ...] = (0.4,)
+    once: bool = False
+    quick: bool = False
+
+
+def _published_losses(recipe: Recipe) -> None:
+    recipe["stages"][0]["losses"] = dict(PUBLISHED)
+    recipe["optimizer"] = {"router_lr_scale": recipe.get("optimizer", {}).get("router_lr_scale", 10.0)}
+
+
+def _paper(recipe: Recipe) -> None:
+    """The published start, its losses, one learning rate for all."""
+    recipe["convert"] = {"ratio": recipe["convert"]["ratio"], "init": "paper"}
+    recipe["optimizer"] = {"router_lr_scale": 1.0}
+    recipe["stages"][0]["losses"] = dict(PUBLISHED)
+
+
+def _paper_distilled(recipe: Recipe) -> None:
+    _paper(recipe)
+    (stage,) = recipe["stages"]
+    align = {**stage, "name": "align", "steps": round(ALIGN_SHARE * stage["steps"]), "tail_drop": {"values": []}}
+    align |= {"losses": {**PUBLISHED, "diffusion": 0.0, "variational": 0.0, "blocks": 1.0}, "schedule": "constant"}
+    recipe["stages"] = [align, {**stage, "steps": stage["steps"] - align["steps"]}]
+
+
+def _scratch(recipe: Recipe) -> None:
+    _paper(recipe)
+    recipe["stages"][0]["freeze"] = []
+
+
+def _set(path: str, value: Any) -> Callable[[Recipe], None]:
+    """A change of one key, such as ``stages.0.losses.router``."""
+
+    def change(recipe: Recipe) -> None:
+        *groups, key = path.split(".")
+        target: Any = recipe
+        for group in groups:
+            target = target[int(group)] if group.isdigit() else target.setdefault(group, {})
+        target[key] = value
+
+    return change
+
+
+def _sixteenth_at_random(recipe: Recipe) -> None:
+    recipe["convert"] |= {"ratio": 16, "router": "random"}
+
+
+BUDGETS = (0.2, 0.4, 0.6)
+STARTS = {
+    "teacher trained on": Arm("the teacher itself, with as many steps (b)", start="teacher", quick=True),
+    "from scratch": Arm("DC-DiT, nothing from the teacher (c)", _scratch, start="scratch", quick=True),
+    "from scratch, 8 x": Arm("the same, with 8 times the steps", _scratch, start="scratch", times=8, once=True),
+    "published": Arm("published upcycling without distillation (d)", _paper, quick=True),
+    "published, distilled": Arm("with block distillation for a fifth of the steps (e)", _paper_distilled, quick=True),
+    "exact": Arm("the exact graft (f)", tail_drops=BUDGETS, quick=True),
+    "exact, 4 x": Arm("the same, with 4 times the steps", times=4, once=True),
+}
+LEFT_OUT = {
+    "without guide": Arm("the router is on its own from the first step", _set("stages.0.anneal.until", 0.0)),
+    "without supervision": Arm("no BCE of the router", _set("stages.0.losses.router", 0.0), quick=True),
+    "without controller": Arm("the bias that holds the ratio stays", _set("stages.0.anneal.bias_rate", 0.0)),
+    "without router's rate": Arm("one learning rate for router and scaffold", _set("optimizer.router_lr_scale", 1.0)),
+    "without distillation": Arm("the paper's losses", _published_losses),
+    "without lattice": Arm("no prior for every second position", without="lattice"),
+    "without cell mean": Arm("tokens see their window alone", without="cell-mean"),
+    "without size bias": Arm("attention does not know the cells' sizes", without="size-bias"),
+    "without fill": Arm("uncovered positions copy the nearest entry", without="fill"),
+    "without correction": Arm("no decoder", without="correction"),
+    "without visibility": Arm("the router's target without √ᾱ", without="visibility"),
+}
+ABLATIONS = {
+    "random boundaries": Arm("as many tokens, at random", _set("convert.router", "random"), quick=True),
+    "grid boundaries": Arm("the teacher's grid for good", _set("convert.router", "grid"), quick=True),
+    "cosine router": Arm("H-Net's router instead of predictability", _set("convert.router", "cosine")),
+    "without smoothing": Arm("no smoothing in the decoder", without="smoothing"),
+    "one budget": Arm("no tail dropping while training", _set("stages.0.tail_drop.values", []), tail_drops=BUDGETS),
+    "N = 16": Arm("a sixteenth of the positions", _set("convert.ratio", 16), quick=True),
+    "N = 16, random": Arm("the same, at random", _sixteenth_at_random),
+    "teacher-made data": Arm("the teacher's own samples instead of data", teacher_made=True),
+    "guided distillation": Arm("the teacher's guided output is followed", _set("stages.0.teacher_guidance", 2.0)),
+}
+ARMS: dict[str, Arm] = {**STARTS, **LEFT_OUT, **ABLATIONS}
+ON_SHAPES = (  # a step costs more than twice one of the digits
+    "exact", "published, distilled", "from scratch", "published", "teacher trained on", "N = 16", "grid boundaries",
+    "random boundaries", "without supervision", "one budget", "N = 16, random", "exact, 4 x", "from scratch, 8 x",
+)  # fmt: skip
+
+
+def arms_of(study_set: str, quick: bool) -> list[str]:
+    """The arms of a set, most telling first."""
+    names = [*ON_SHAPES, *(name for name in ARMS if name not in ON_SHAPES and study_set == "digits")]
+    return [name for name in names if ARMS[name].quick or not quick]
+
+
+def recipe_of(arm: Arm, study_set: Set, seed: int, steps: int, batch_size: int, out: Path, data: str) -> Recipe:
+    """The recipe of an arm, whose run goes to ``out/run`` and leaves a checkpoint at every quarter."""
+    content: Recipe = copy.deepcopy(yaml.safe_load(BASE.read_text()))
+    del content["validation"]
+    steps *= arm.times
+    content["stages"][0]["steps"] = steps
+    content |= {"seed": seed, "out": str(out / "run"), "save_every": max(1, steps // 4), "keep_checkpoints": 4}
+    content |= {"teacher": study_set.teacher, "data": data, "batch_size": batch_size}
+    if study_set.name == "shapes":  # of which there are enough to learn more from than from the teacher alone
+        content["stages"][0]["losses"] = {"diffusion": 1.0, "variational": 1.0, "distill": 1.0, "router": 0.5}
+    arm.change(content)
+    if arm.start == "scratch":
+        content["student"] = str(out / "start")
+        del content["convert"]
+    return content
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name).split()).lower()
