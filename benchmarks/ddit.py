@@ -432,7 +432,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
-                        help="cpu: seconds of this process on the CPU, for a machine that others work on too")  # fmt: skip
+                        help="cpu: of this process alone, where others work on the machine too")  # fmt: skip
     parser.add_argument("--small", action="store_true", help="everything tiny")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -65,7 +65,7 @@ class Judge:
     def teachers(self) -> torch.Tensor:
         """The teacher's samples [n, C, H, W]."""
         if not self._file.exists():
-            latents = self._draw(self.teacher, None).latents
+            latents = self._draw(self.teacher, None).latents.clamp(-1, 1)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             partial = self._file.with_suffix(f".{id(self)}")
             save_file({"latents": latents}, partial)
@@ -80,10 +80,11 @@ class Judge:
     def trajectories(self, model: torch.nn.Module, tail_drop: float | None) -> dict[str, Any]:
         """Paired MSE of samples (pixels in [-1, 1]), class accuracy, Fréchet distance and KID, FLOPs and tokens."""
         drawn = self._draw(model, tail_drop)
-        features, logits = self.set.look(drawn.latents)
+        pixels = drawn.latents.clamp(-1, 1)
+        features, logits = self.set.look(pixels)
         found = measure({"features": features, "logits": logits}, self.reference())
         return {
-            "paired_mse": (drawn.latents - self.teachers()).square().mean().item(),
+            "paired_mse": (pixels - self.teachers()).square().mean().item(),
             "accuracy": (logits.argmax(1) == torch.tensor(self.labels)).float().mean().item(),
             "frechet": found["fid"],
             "kid": found["kid"],
@@ -94,8 +95,8 @@ class Judge:
     def judge_teacher(self) -> dict[str, Any]:
         """The teacher's row: as it is, and what less costs it (half of the steps)."""
         row = {**self.loss(self.teacher), **self.trajectories(self.teacher, None)}
-        half = self._draw(self.teacher, None, DDIM_STEPS // 2)
-        row["half_the_steps_mse"] = (half.latents - self.teachers()).square().mean().item()
+        half = self._draw(self.teacher, None, DDIM_STEPS // 2).latents.clamp(-1, 1)
+        row["half_the_steps_mse"] = (half - self.teachers()).square().mean().item()
         return row
 
 

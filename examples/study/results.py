@@ -1,0 +1,359 @@
+"""What the study found, as docs/results.json, and docs/results.md with its pictures, which follow from that alone."""
+
+import json
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from arms import ABLATIONS, ARMS, LEFT_OUT, STARTS
+from matplotlib.figure import Figure
+
+from upcycle.output import write_text
+
+DOCS = Path(__file__).parents[2] / "docs"
+COMMANDS = {
+    "quick": "python examples/study/study.py --quick",
+    "tiny": "python examples/study/study.py",
+    "S": "python examples/study/study.py --scale S --device cuda",
+    "B": "python examples/study/study.py --scale B --device cuda",
+}
+NEAR = 1.02  # of the teacher's held-out noise MSE: its quality, as the study means it
+PAPER_FASTER, OUR_TARGET = 8, 32
+Rows = list[dict[str, Any]]
+
+
+def collect(out: Path, plan: str) -> dict[str, Any]:
+    """What lies in the folder of a study, rounded to five digits."""
+    sets: dict[str, Any] = {}
+    machines, seconds = set(), 0.0
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+        found: dict[str, Any] = {"arms": {}}
+        for path in sorted(folder.glob("*/result.json")):
+            result = json.loads(path.read_text())
+            job = result["job"]
+            machines.add(result["machine"])
+            seconds += result["seconds"]
+            if job["kind"] != "arm":
+                found[job["kind"]] = result["report"]
+                continue
+            found.setdefault("teacher", result.get("teacher")) if result.get("teacher") else None
+            run = {key: result[key] for key in ("settings", "first_losses", "rows", "seconds") if key in result}
+            found["arms"].setdefault(job["arm"], {})[str(job["seed"])] = run
+        found["arms"] = {arm: found["arms"][arm] for arm in ARMS if arm in found["arms"]}
+        if found["arms"]:
+            sets[folder.name] = found
+    packages = {name: version(name) for name in ("torch", "diffusers", "torch-fidelity")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=DOCS, capture_output=True, text=True)
+    return _rounded(
+        {
+            "plan": plan,
+            "date": date.today().isoformat(),
+            "machine": sorted(machines),
+            "versions": {"python": platform.python_version(), **packages, "upcycle": commit.stdout.strip()},
+            "core_hours": seconds / 3600,
+            "sets": sets,
+        }
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
+def write(out: Path, plan: str, *, docs: bool) -> str:
+    """Write results.json, results.md and the pictures into ``out``, and into docs/ if told to; returns the text.
+
+    docs/results.json keeps one study of every scale.
+    """
+    study = collect(out, plan)
+    folders = [out]
+    if docs:
+        if plan == "quick":
+            raise SystemExit("--quick shows that it runs: its figures are not for docs/")
+        folders.append(DOCS)
+    for folder in folders:
+        known = folder / "results.json"
+        studies = json.loads(known.read_text()) if folder == DOCS and known.exists() else {}
+        studies = {name: {**studies, plan: study}[name] for name in COMMANDS if name in {**studies, plan: study}}
+        write_text(known, json.dumps(studies, indent=None, separators=(",", ":")) + "\n")
+        text = render(studies)
+        write_text(folder / "results.md", text)
+        (folder / "images").mkdir(exist_ok=True)
+        pictures(study, folder / "images")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def render(studies: dict[str, Any]) -> str:
+    """docs/results.md of docs/results.json."""
+    parts = [INTRODUCTION.strip()]
+    for plan, study in studies.items():
+        versions = ", ".join(f"{name} {value}" for name, value in study["versions"].items())
+        parts.append(
+            f"## {TITLES[plan]}\n\n`{COMMANDS[plan]}`, {study['date']}; {'; '.join(study['machine'])}; {versions}; "
+            f"{study['core_hours']:.1f} hours of a core."
+        )
+        parts += [_set_text(plan, name, found) for name, found in study["sets"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+TITLES = {"quick": "A quick look", "tiny": "Tiny models", "S": "DiT-S/2 on shapes of 64 x 64 pixels",
+          "B": "DiT-B/2 on shapes of 64 x 64 pixels"}  # fmt: skip
+INTRODUCTION = """
+# Results
+
+What upcycling gives, measured by one command that anyone can run again. This page is written by that command
+(`--report --docs`) from [results.json](results.json); nothing in it is typed. What it cannot show:
+[limits.md](limits.md). Equality with the teacher, speed, memory and FLOPs: [performance.md](performance.md).
+
+How to read it. A row is an arm: a recipe of `upcycle finetune`, described in `examples/study/arms.py`. **Noise MSE**
+is that on held-out images at ten timesteps, divided by the teacher's; *worst level* is the largest such ratio of the
+ten. **Paired MSE**: mean squared distance of samples to the teacher's from the same seeds, pixels in [-1, 1]; DDIM,
+20 steps, guidance 2. **Class**: share of samples that a classifier reads as what they should be. **Fréchet** distance
+and **KID** are in the features of that classifier: the shipped digits one (98.7 % on held-out digits), or the shapes'
+(`examples/study/sets.py`). Few samples: both mean something for large gaps only. **ρ = 0.4**: the same with that
+share of the kept tokens dropped. Figures are means over the seeds, with the lowest and highest; every arm has the
+same number of steps and the same batches, unless its name says otherwise. `exact` keeps every fourth position (N =
+4), as many tokens as the teacher has patches: it saves by ρ, and by a larger N.
+"""
+
+
+def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
+    arms, teacher = found["arms"], found.get("teacher")
+    about = next(iter(next(iter(arms.values())).values()))["settings"]
+    recipe = about["recipe"]
+    steps = sum(stage["steps"] for stage in recipe["stages"]) // ARMS[next(iter(arms))].times
+    title = {
+        "digits": "Digits (16 x 16 pixels, 64 patches)",
+        "shapes": f"Shapes ({about['pixels']} x {about['pixels']} pixels, {about['pixels'] ** 2 // 4} patches)",
+    }
+    text = [f"### {title[name]}"]
+    text.append(
+        f"{steps} steps of batch {recipe['batch_size']}; {about['samples']} trajectories, {about['held_out']} held-out "
+        f"images. ![Loss and samples against steps](images/study-{plan}-{name}.png)"
+    )
+    if teacher is None:
+        return "\n\n".join([*text, "The teacher has not been judged yet: the arm `teacher trained on` does it."])
+    text.append(
+        f"The teacher: noise MSE {teacher['val_loss']:.4f}, class {teacher['accuracy']:.0%}, Fréchet "
+        f"{teacher['frechet']:.1f}, KID {teacher['kid']:.2g}; with half the steps its samples move by a paired MSE of "
+        f"{teacher['half_the_steps_mse']:.2g}."
+    )
+    text += [_verdicts(arms, teacher)]
+    for heading, group in (
+        ("Starts", STARTS),
+        ("What each part is worth", LEFT_OUT),
+        ("The papers' choices", ABLATIONS),
+    ):
+        names = [arm for arm in group if arm in arms]
+        if names:
+            first = [arm for arm in ("exact",) if arm in arms and group is not STARTS]
+            text.append(f"#### {heading}\n\n{_arms_table([*first, *names], arms, teacher)}")
+    text.append("#### Steps to a quality\n\n" + _steps_table(arms, teacher))
+    budgets = [arm for arm in ("exact", "one budget") if arm in arms]
+    text.append("#### Quality against ρ\n\n" + _budget_table(budgets, arms, teacher))
+    if "baselines" in found:
+        from baselines import equal_cost_table
+
+        text.append(
+            "#### Against the teacher at equal cost\n\n"
+            + equal_cost_table(found["baselines"], "flops")
+            + "\n"
+            + equal_cost_table(found["baselines"], "time")
+            + f"\n![Paired MSE against cost](images/baselines-{plan}-{name}.png)"
+        )
+    if "masks" in found:
+        from masks import table
+
+        text.append(
+            "#### Does the router find the objects?\n\n"
+            + table(found["masks"])
+            + f"\n![Tokens, AUC and maps](images/masks-{plan}.png)"
+        )
+    return "\n\n".join(text)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _spread(values: list[float], digits: str = ".3g") -> str:
+    """The mean, and lowest to highest where they differ."""
+    low, high, middle = (f"{f(values):{digits}}" for f in (min, max, mean))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _last(arms: dict[str, Any], arm: str) -> Rows:
+    """The last row of every seed."""
+    return [run["rows"][-1] for run in arms[arm].values()]
+
+
+def _worst(row: dict[str, Any], teacher: dict[str, Any]) -> float:
+    return max(row["val_loss_by_t"][t] / teacher["val_loss_by_t"][t] for t in teacher["val_loss_by_t"])
+
+
+def _arms_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+    head = ["arm", "what", "seeds", "noise MSE", "worst level", "paired MSE", "class", "Fréchet", "KID", "tokens",
+            "at ρ = 0.4: noise MSE", "paired MSE", "FLOPs"]  # fmt: skip
+    rows = []
+    for name in names:
+        last = _last(arms, name)
+        line = [name, ARMS[name].what, str(len(last)), _spread([row["val_loss"] / teacher["val_loss"] for row in last]),
+                _spread([_worst(row, teacher) for row in last]), _spread([row["paired_mse"] for row in last], ".2g"),
+                _spread([100 * row["accuracy"] for row in last], ".0f") + " %", _spread([r["frechet"] for r in last]),
+                _spread([row["kid"] for row in last], ".2g"), f"{mean(row['tokens'] for row in last):.0f}"]  # fmt: skip
+        dropped = [row["by_tail_drop"]["0.4"] for row in last if "by_tail_drop" in row]
+        if dropped:
+            line += [_spread([row["val_loss"] / teacher["val_loss"] for row in dropped]),
+                     _spread([row["paired_mse"] for row in dropped], ".2g"),
+                     f"{mean(row['flops'] for row in dropped) / teacher['flops']:.2f}"]  # fmt: skip
+        else:
+            line += [""] * 3
+        rows.append(line)
+    return _table(head, rows)
+
+
+def _first_step(rows: Rows, loss: float) -> int | None:
+    """The first checkpoint after the start with a noise MSE of at most ``loss``."""
+    return next((row["step"] for row in rows if row["step"] and row["val_loss"] <= loss), None)
+
+
+def _steps_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """Checkpoints at which runs come to the teacher's quality, and to what published upcycling ends with."""
+    goals = {f"the teacher's noise MSE within {NEAR - 1:.0%}": NEAR * teacher["val_loss"]}
+    for arm in ("exact", "published, distilled"):
+        if arm in arms:
+            goals[f"what {arm} ends with"] = mean(row["val_loss"] for row in _last(arms, arm))
+    names = [n for n in ("exact", "exact, 4 x", "published", "published, distilled", "from scratch",
+                         "from scratch, 8 x", "teacher trained on") if n in arms]  # fmt: skip
+    rows = []
+    for name in names:
+        line = [name]
+        for goal in goals.values():
+            steps = [_first_step(run["rows"], goal) for run in arms[name].values()]
+            longest = max(run["rows"][-1]["step"] for run in arms[name].values())
+            done = [s for s in steps if s]
+            line.append(_spread(done, ".0f") if len(done) == len(steps) else f"not in {longest}")
+        rows.append(line)
+    return _table(["checkpoint with", *goals], rows)
+
+
+def _budget_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+    rows = []
+    for name in names:
+        for row in ("noise MSE", "paired MSE", "FLOPs"):
+            line = [name, row]
+            last = _last(arms, name)
+            for rho in ("0", "0.2", "0.4", "0.6"):
+                at = [r if rho == "0" else r["by_tail_drop"].get(rho) for r in last]
+                if any(r is None for r in at):
+                    line.append("")
+                elif row == "noise MSE":
+                    line.append(_spread([r["val_loss"] / teacher["val_loss"] for r in at]))
+                elif row == "paired MSE":
+                    line.append(_spread([r["paired_mse"] for r in at], ".2g"))
+                else:
+                    line.append(f"{mean(r['flops'] for r in at) / teacher['flops']:.2f}")
+            rows.append(line)
+    return _table(["arm", "", "ρ = 0", "0.2", "0.4", "0.6"], rows)
+
+
+def _verdicts(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """What was aimed at, and whether it was reached."""
+    lines = []
+
+    def say(aim: str, measured: str, reached: bool) -> None:
+        lines.append(f"- {aim}: {measured}. **{'Reached' if reached else 'Not reached'}.**")
+
+    for name in ("exact", "exact, 4 x"):
+        if name not in arms:
+            continue
+        last = _last(arms, name)
+        loss, worst = ([f(row) for row in last] for f in (lambda r: r["val_loss"], lambda r: _worst(r, teacher)))
+        ratio = [value / teacher["val_loss"] for value in loss]
+        say(f"`{name}`: the teacher's noise MSE within 2 % at ρ = 0", f"× {_spread(ratio)}", mean(ratio) <= NEAR)
+        say(f"`{name}`: no worse at any noise level", f"at worst × {_spread(worst)}", mean(worst) <= 1.0)
+        dropped = [row["by_tail_drop"]["0.4"]["val_loss"] / teacher["val_loss"] for row in last]
+        say(f"`{name}`: within 5 % at ρ = 0.4", f"× {_spread(dropped)}", mean(dropped) <= 1.05)
+    longest = "from scratch, 8 x" if "from scratch, 8 x" in arms else "from scratch"
+    if "exact" in arms and longest in arms:
+        goal = mean(row["val_loss"] for row in _last(arms, "exact"))
+        ours = [_first_step(run["rows"], goal) or run["rows"][-1]["step"] for run in arms["exact"].values()]
+        theirs = [_first_step(run["rows"], goal) for run in arms[longest].values()]
+        end = max(run["rows"][-1]["step"] for run in arms[longest].values())
+        known = [s for s in theirs if s]
+        text = f"{mean(ours):.0f} steps against "
+        text += f"{mean(known):.0f}" if len(known) == len(theirs) else f"more than {end}"
+        least = (mean(known) if len(known) == len(theirs) else end) / mean(ours)
+        say(f"{OUR_TARGET} times fewer steps than from scratch to what `exact` ends with", text, least >= OUR_TARGET)
+    if "published, distilled" in arms and longest in arms:
+        goal = mean(row["val_loss"] for row in _last(arms, "published, distilled"))
+        ours = [run["rows"][-1]["step"] for run in arms["published, distilled"].values()]
+        theirs = [_first_step(run["rows"], goal) for run in arms[longest].values()]
+        if all(theirs):
+            faster = mean(theirs) / mean(ours)
+            text = f"from scratch is there at step {mean(theirs):.0f}, published upcycling took {mean(ours):.0f}"
+            say(f"the paper's {PAPER_FASTER} times fewer steps of published upcycling", text, faster >= PAPER_FASTER)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+CURVES = ("exact", "exact, 4 x", "published", "published, distilled", "from scratch", "from scratch, 8 x")
+
+
+def pictures(study: dict[str, Any], folder: Path) -> None:
+    """study-PLAN-SET.png, and those of baselines and masks, into ``folder``."""
+    for name, found in study["sets"].items():
+        _curves(found, folder / f"study-{study['plan']}-{name}.png")
+        if "baselines" in found:
+            from baselines import plot
+
+            plot(found["baselines"], folder / f"baselines-{study['plan']}-{name}.png")
+        if "masks" in found:
+            from masks import plot as plot_masks
+
+            plot_masks(found["masks"], folder / f"masks-{study['plan']}.png")
+
+
+def _curves(found: dict[str, Any], path: Path) -> None:
+    """Noise MSE against steps of the starts (bands: seeds), and of every arm where it ends."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    arms, teacher = found["arms"], found.get("teacher")
+    for name in CURVES:
+        if name not in arms:
+            continue
+        runs = [run["rows"] for run in arms[name].values()]
+        values = [[row["val_loss"] for row in rows] for rows in zip(*runs, strict=True)]
+        steps = [row["step"] for row in runs[0]]
+        (line,) = left.plot(steps, [mean(v) for v in values], label=name)
+        left.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
+    left.set(yscale="log", xscale="symlog", xlabel="steps", ylabel="held-out noise MSE")
+    if teacher:
+        left.axhline(teacher["val_loss"], color="black", linestyle=":", label="teacher")
+    left.legend(fontsize=7)
+    names = [name for name in arms if "paired_mse" in _last(arms, name)[0]]
+    for place, name in enumerate(names):
+        values = [row["paired_mse"] for row in _last(arms, name)]
+        right.plot([min(values), max(values)], [place, place], color="#8d99ae")
+        right.plot(mean(values), place, "o", color="#d1495b" if name == "exact" else "#1a1a2e", markersize=4)
+    if teacher:
+        right.axvline(teacher["half_the_steps_mse"], color="black", linestyle=":", label="teacher, half the steps")
+        right.legend(fontsize=7)
+    right.set(xscale="log", xlabel="paired MSE of samples to the teacher's")
+    right.set_yticks(range(len(names)), names, fontsize=7)
+    right.invert_yaxis()
+    figure.savefig(path, dpi=110)
