@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 CLASSES = ("disc", "square", "triangle", "ring", "cross", "star", "crescent", "bar", "frame", "hourglass")
 OVERSAMPLING = 3
+AT_ONCE = 256
 
 
 @dataclass
@@ -32,8 +33,8 @@ class Shapes:
 
 def make_shapes(count: int, seed: int, size: int = 32) -> Shapes:
     """``count`` images, the classes in turn; a larger ``size`` has the same objects with finer textures."""
-    parts = [_draw(min(256, count - first), first, seed, size) for first in range(0, count, 256)]
-    return Shapes(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    parts = [_draw(first, seed, size) for first in range(0, count, AT_ONCE)]
+    return Shapes(*(torch.cat(tensors)[:count] for tensors in zip(*parts, strict=True)))
 
 
 def write_shards(folder: Path, count: int, seed: int, size: int = 32) -> None:
@@ -45,8 +46,9 @@ def write_shards(folder: Path, count: int, seed: int, size: int = 32) -> None:
     partial.rename(folder / "shapes.safetensors")
 
 
-def _draw(count: int, first: int, seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(1_000_003 * seed + first)
+def _draw(first: int, seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, labels and masks of the `AT_ONCE` shapes from ``first`` on."""
+    random, count = torch.Generator().manual_seed(1_000_003 * seed + first), AT_ONCE
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *(shape or (1, 1)), generator=random)

@@ -80,13 +80,14 @@ def train(
     seed: int,
     state: Path | None = None,
     ema: float = EMA,
+    every: int = 500,
     clock: Callable[[int, float], None] = lambda step, loss: None,
 ) -> DiTTransformer2DModel:
     """Train ``model`` (on its device) and return its averaged weights, in a stock model on the CPU.
 
     The loss is the noise MSE, weighted so that noisy steps count too, and the bound that trains sigma; AdamW, a cosine
-    to 0. ``images`` [n, C, H, W] and ``labels`` [n] on the CPU. ``state``: a file that every 500th step is kept in, and
-    that is gone on from; it is gone at the end.
+    to 0. ``images`` [n, C, H, W] and ``labels`` [n] on the CPU. Every ``every`` steps ``clock`` gets step and noise
+    MSE, and what the run has come to is kept in the file ``state``, which it goes on from; at the end that is removed.
     """
     device = next(model.parameters()).device
     embedder = model.transformer_blocks[0].norm1.emb
@@ -132,9 +133,10 @@ def train(
         decay = min(ema, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-        if (step + 1) % 50 == 0:
-            clock(step + 1, error.mean().item())
-        if state and (step + 1) % 500 == 0:
+        if (step + 1) % every:
+            continue
+        clock(step + 1, error.mean().item())
+        if state:
             parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
             content = {name: part.state_dict() for name, part in parts.items()}
             partial = state.with_suffix(".partial")
@@ -171,9 +173,8 @@ def make_teacher(
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def clock(step: int, loss: float) -> None:
-        if step % 500 == 0:
-            text = f"{out.name}: step {step} of {steps}, noise MSE {loss:.4f}, {time.perf_counter() - begun:.0f} s"
-            print(text, file=sys.stderr, flush=True)
+        text = f"{out.name}: step {step} of {steps}, noise MSE {loss:.4f}, {time.perf_counter() - begun:.0f} s"
+        print(text, file=sys.stderr, flush=True)
 
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     stock = train(model, shapes.images, shapes.labels, **settings, state=out.with_suffix(".state"), clock=clock)

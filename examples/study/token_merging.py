@@ -10,7 +10,7 @@ MEASURED
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,9 @@ def merging(
     """
     side = transformer.config.sample_size // transformer.config.patch_size
     if side % 2 or not 0 <= ratio <= 1 - 1 / WINDOW:
-        raise ValueError(f"cannot merge {ratio:g} of {side} x {side} tokens: the side must be even, the ratio 0 to 0.75")
+        raise ValueError(
+            f"cannot merge {ratio:g} of {side} x {side} tokens: the side must be even, the ratio 0 to 0.75"
+        )
     windows = torch.arange(side**2).view(side // 2, 2, side // 2, 2).transpose(1, 2).reshape(-1, WINDOW)
     random = torch.Generator().manual_seed(0)
     handles = []
@@ -165,7 +167,8 @@ def main() -> None:
     labels, model = [i % study_set.classes for i in range(samples)], pipe.transformer
 
     def drawn() -> torch.Tensor:
-        return draw(Variant("", pipe, Sampling(50, GUIDANCE)), labels, list(range(samples)), batch_size=50).latents
+        variant = Variant("", pipe, Sampling(50, GUIDANCE))
+        return draw(variant, labels, list(range(samples)), batch_size=50).latents.clamp(-1, 1)
 
     full, half = drawn(), model.config.num_layers // 2
     print("| variant | blocks | ratio | FLOPs | paired MSE | accuracy |\n| --- | --- | --- | --- | --- | --- |")

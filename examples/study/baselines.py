@@ -1,0 +1,278 @@
+"""Students beside what else makes their teacher cheaper, at equal FLOPs and at equal measured time.
+
+    upcycle finetune recipes/digits.yaml
+    python examples/study/baselines.py --set digits --student exact=runs/digits/export [--out baselines]
+
+The teacher with fewer steps (DDIM and DPM-Solver++), with step holding and with token merging (`token_merging.py`), and
+every student over its tail drops, alone and with step holding. All are judged against the same teacher's full DDIM run,
+guided, from the same seeds. Writes report.json, tables.md and baselines.png. A quarter of an hour on a CPU core.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiTPipeline
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sets import GUIDANCE, Set, digits, shapes
+from token_merging import merged_flops, merging
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+from upcycle.evaluation.compare import Drawn, Variant, draw, time_in_turn
+from upcycle.evaluation.flops import dit_flops
+from upcycle.evaluation.metrics import KID_SUBSET, frechet
+from upcycle.evaluation.metrics import statistics as feature_statistics
+from upcycle.evaluation.speed import machine
+from upcycle.output import to_json
+from upcycle.sampling.pipeline import load_pipeline
+from upcycle.sampling.sampler import Hold, Sampling, set_sampler
+
+BATCH = 50
+CONVERGED = 4  # times the steps of the full run: what a solver of high order goes to with fewer
+FEWER = (0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
+MERGED = (0.25, 0.5, 0.75)
+TAIL_DROPS, HELD_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
+BUDGETS, TOLERANCE = (1.0, 0.75, 0.5, 0.35, 0.25), 0.03  # holding asks in the first and the last step too
+MARKERS = "oXsPD^v<>ph*"
+Cost = Literal["flops", "time"]
+
+
+@dataclass
+class Setting:
+    """One way to be cheaper. ``name``: in a few words, within its family. ``share``: its FLOPs as a share of those that
+    are counted for its model, which know nothing of merged tokens."""
+
+    name: str
+    variant: Variant
+    share: float = 1.0
+
+
+def families(
+    study_set: Set, students: dict[str, str], steps: int, teacher: DiTPipeline, context: ExitStack
+) -> dict[str, list[Setting]]:
+    """All settings by family; the teachers that merge tokens do so until ``context`` ends."""
+    multistep = _twin(teacher)
+    set_sampler(multistep, "dpm-solver++")
+    fewer = list(dict.fromkeys(round(steps * share) for share in FEWER))
+
+    def of(name: str, pipe: DiTPipeline, count: int = steps, hold: Hold | None = None, rho: float | None = None):
+        return Setting(name, Variant("", pipe, Sampling(count, GUIDANCE, hold=hold), rho))
+
+    found = {
+        "teacher, fewer steps (DDIM)": [of(f"{n} steps", teacher, n) for n in fewer],
+        "teacher, fewer steps (DPM-Solver++)": [of(f"{n} steps", multistep, n) for n in (steps, *fewer)],
+        "teacher, holding": [of(f"asked every {n}", teacher, hold=Hold(n)) for n in (2, 3, 4)],
+        "teacher, token merging": [
+            _merged(teacher, ratio, first, steps, context)
+            for first in (0, teacher.transformer.config.num_layers // 2)
+            for ratio in MERGED
+        ],
+    }
+    for name, folder in students.items():
+        pipe = load_pipeline(folder)
+        set_sampler(pipe, "ddim")
+        found[f"{name} at ρ"] = [of(f"ρ = {rho:g}", pipe, rho=rho) for rho in TAIL_DROPS]
+        found[f"{name}, holding"] = [
+            of(f"ρ = {rho:g}, asked every {n}", pipe, hold=Hold(n), rho=rho) for rho in HELD_TAIL_DROPS for n in (2, 3)
+        ]
+    return found
+
+
+def _twin(pipe: DiTPipeline) -> DiTPipeline:
+    """A pipeline of the same weights, whose scheduler and whose modules' hooks are its own."""
+    model = pipe.transformer
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return DiTPipeline(copy.deepcopy(model, shared), pipe.vae, pipe.scheduler)
+
+
+def _merged(teacher: DiTPipeline, ratio: float, first: int, steps: int, context: ExitStack) -> Setting:
+    pipe = _twin(teacher)
+    context.enter_context(merging(pipe.transformer, ratio, first=first))
+    config = pipe.transformer.config
+    share = merged_flops(config, ratio, first=first) / dit_flops(config)
+    name = f"{ratio:.0%} in {'later' if first else 'all'} blocks"
+    return Setting(name, Variant("", pipe, Sampling(steps, GUIDANCE)), share)
+
+
+def measure_baselines(
+    study_set: Set,
+    students: dict[str, str],
+    *,
+    samples: int,
+    timed_samples: int,
+    repeats: int,
+    steps: int = 50,
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Draw with every setting of every family, compare with the teacher's full run, and time.
+
+    Args:
+        students: by name, the folder of an export.
+        samples: images of each setting, the classes in turn, seeds from 0 on.
+        timed_samples: of them, those of the timed rounds.
+        repeats: timed rounds, in each of which all settings take their turn.
+        steps: of the full run.
+        step: called after every step of a drawn batch, and after every turn of a timed round.
+
+    Returns:
+        ``set``, ``steps``, ``guidance``, ``samples``, ``timed_samples``, ``repeats``, ``machine``, ``minutes``; rows:
+        ``full``, ``converged`` (DDIM with `CONVERGED` times the steps; not timed) and by family ``families``. A row:
+        ``name``; ``flops``, ``time``: shares of the full run's (the latter the median of the rounds' ratios);
+        ``seconds`` an image (median); ``asked`` steps; ``mse``, ``mse_converged``: paired MSE to the full and to the
+        converged run (pixels in [-1, 1]); ``accuracy`` of the set's classifier; ``kid``, ``frechet``: of its features,
+        to the reference images'.
+
+    Raises:
+        UpcycleError: an export cannot be read.
+        ValueError: the teacher's grid is odd, so that no tokens can be merged.
+    """
+    begun = time.perf_counter()
+    labels, seeds = [i % study_set.classes for i in range(samples)], list(range(samples))
+    reference = study_set.look(study_set.reference())[0]
+    reference_statistics = feature_statistics(reference)
+    teacher = load_pipeline(study_set.teacher)
+    set_sampler(teacher, "ddim")
+    full = Setting(f"{steps} steps", Variant("", teacher, Sampling(steps, GUIDANCE)))
+    converged = Setting(f"{CONVERGED * steps} steps", Variant("", teacher, Sampling(CONVERGED * steps, GUIDANCE)))
+
+    def drawn_by(setting: Setting) -> Drawn:
+        drawn = draw(setting.variant, labels, seeds, batch_size=BATCH, step=step)
+        drawn.latents = drawn.latents.clamp(-1, 1)
+        return drawn
+
+    whole, limit = drawn_by(full), drawn_by(converged)
+
+    def row_of(setting: Setting, drawn: Drawn) -> dict[str, Any]:
+        features, logits = study_set.look(drawn.latents)
+        subset = min(KID_SUBSET, len(features), len(reference))
+        kid = kid_features_to_metric(features, reference, kid_subset_size=subset, verbose=False)
+        return {
+            "name": setting.name,
+            "flops": setting.share * drawn.flops / whole.flops,
+            "asked": drawn.asked,
+            "mse": (drawn.latents - whole.latents).square().mean().item(),
+            "mse_converged": (drawn.latents - limit.latents).square().mean().item(),
+            "accuracy": (logits.argmax(1) == torch.tensor(labels)).float().mean().item(),
+            "kid": kid[KEY_METRIC_KID_MEAN],
+            "frechet": frechet(feature_statistics(features), reference_statistics),
+        }
+
+    report: dict[str, Any] = {
+        "set": study_set.name,
+        "steps": steps,
+        "guidance": GUIDANCE,
+        "samples": samples,
+        "timed_samples": timed_samples,
+        "repeats": repeats,
+        "machine": machine(torch.device("cpu")),
+        "full": row_of(full, whole),
+        "converged": row_of(converged, limit),
+        "families": {},
+    }
+    with ExitStack() as context:
+        by_family = families(study_set, students, steps, teacher, context)
+        for family, settings in by_family.items():
+            report["families"][family] = [row_of(setting, drawn_by(setting)) for setting in settings]
+        rows = [report["full"], *(row for rows in report["families"].values() for row in rows)]
+        variants = [full.variant, *(setting.variant for settings in by_family.values() for setting in settings)]
+        timed = slice(timed_samples)
+        seconds = time_in_turn(variants, labels[timed], seeds[timed], repeats, batch_size=BATCH, step=step)
+    for row, mine in zip(rows, seconds, strict=True):
+        row["seconds"] = statistics.median(mine)
+        row["time"] = statistics.median(a / b for a, b in zip(mine, seconds[0], strict=True))
+    report["minutes"] = (time.perf_counter() - begun) / 60
+    return report
+
+
+def equal_cost_table(report: dict[str, Any], cost: Cost, mse: str = "mse") -> str:
+    """Markdown: for every budget, a share of the full run's ``cost``, the best setting of each family within it
+    (`TOLERANCE` more is allowed): ``mse`` (or ``mse_converged``), by which it is chosen, class accuracy, and its name.
+    """
+    by_family: dict[str, list[dict[str, Any]]] = report["families"]
+    lines = [[{"flops": "FLOPs", "time": "time"}[cost], *by_family], ["---"] * (1 + len(by_family))]
+    for budget in BUDGETS:
+        line = [f"{budget:.2f}"]
+        for rows in by_family.values():
+            within = [row for row in rows if row[cost] <= budget + TOLERANCE]
+            row = min(within, key=lambda row: row[mse], default=None)
+            line.append(f"{row[mse]:.1e}, {row['accuracy']:.0%}: {row['name']}" if row else "-")
+        lines.append(line)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Paired MSE to the full run against FLOPs and against time."""
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, cost, what in zip(axes, ("flops", "time"), ("FLOPs", "measured time"), strict=True):
+        for index, (family, rows) in enumerate(report["families"].items()):
+            shown = sorted((row for row in rows if row["mse"] > 0), key=lambda row: row[cost])
+            axis.plot(
+                [row[cost] for row in shown],
+                [row["mse"] for row in shown],
+                MARKERS[index % len(MARKERS)],
+                color=colormaps["tab20"](index % 20),
+                label=family,
+                markersize=5,
+            )
+        axis.set(yscale="log", xlabel=f"{what}, of the teacher's full run")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("paired MSE to it")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(f"{report['set']}: {report['samples']} samples, DDIM in {report['steps']} steps", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def tables(report: dict[str, Any]) -> str:
+    """Markdown: `equal_cost_table` by both costs and both references, under what they are of."""
+    full = report["full"]
+    text = (
+        f"{report['set']}, {report['samples']} samples, guidance {report['guidance']:g}. The teacher's full run: DDIM "
+        f"in {report['steps']} steps, accuracy {full['accuracy']:.0%}, {full['seconds']:.3g} s an image, "
+        f"{full['mse_converged']:.1e} from {report['converged']['name']}. {report['machine']}\n"
+    )
+    references = {"mse": "the full run", "mse_converged": report["converged"]["name"]}
+    for cost, what in (("flops", "FLOPs"), ("time", "measured time")):
+        for mse, reference in references.items():
+            text += f"\n**At equal {what}**: paired MSE to {reference}, accuracy: setting\n\n"
+            text += equal_cost_table(report, cost, mse)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=("digits", "shapes"), default="digits")
+    parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER", help="may be given again")
+    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--timed-samples", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=Path("baselines"))
+    options = parser.parse_args()
+    students = dict(one.split("=", 1) for one in options.student)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = measure_baselines(
+        digits() if options.set == "digits" else shapes(options.out, images=1),  # nothing is trained on them here
+        students,
+        samples=options.samples,
+        timed_samples=options.timed_samples,
+        repeats=options.repeats,
+        steps=options.steps,
+    )
+    (options.out / "report.json").write_text(to_json(report) + "\n")
+    text = tables(report)
+    (options.out / "tables.md").write_text(text)
+    plot(report, options.out / "baselines.png")
+    print(f"{text}\n{report['minutes']:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

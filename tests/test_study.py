@@ -1,0 +1,210 @@
+"""The study: its set, arms and parts, that it runs and goes on, and that docs/results.md is of this code."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from upcycle.graft.convert import convert
+from upcycle.graft.plan import Options, make_plan
+from upcycle.graft.verify import load_student
+from upcycle.models import chunked_dit
+from upcycle.models.chunked_dit import ChunkedDiT
+from upcycle.recipe import parse_recipe
+from upcycle.sources import open_source
+from upcycle.training import losses
+from upcycle.training.digits import TEACHER
+from upcycle.training.loop import train
+from upcycle.training.run import prepare
+
+sys.path.insert(0, str(ROOT / "examples" / "study"))
+import results
+import study
+from arms import ARMS, arms_of
+from parts import PARTS, leave_out
+from sets import digits
+from shapes import CLASSES, make_shapes
+from teachers import new_teacher
+from teachers import train as train_teacher
+
+RESULTS = ROOT / "docs" / "results.json"
+
+
+def test_shapes_follow_from_the_seed_and_their_masks_are_true():
+    shapes, again, other = make_shapes(300, 5), make_shapes(300, 5), make_shapes(300, 6)
+    assert torch.equal(shapes.images, again.images)
+    assert not torch.equal(shapes.images, other.images)
+    assert shapes.images.shape == (300, 3, 32, 32)
+    assert shapes.images.abs().max() <= 1
+    assert set(shapes.labels.tolist()) == set(range(len(CLASSES)))
+    share = shapes.masks.float().mean((1, 2))
+    assert 0.01 < share.min() < share.max() < 0.5
+    # Objects are textured and the ground is flat or graded: second differences tell them apart.
+    bend = shapes.images.diff(n=2, dim=-1).abs().mean(1)
+    inside = shapes.masks[:, :, :-2] & shapes.masks[:, :, 2:]
+    outside = ~shapes.masks[:, :, :-2] & ~shapes.masks[:, :, 2:] & ~shapes.masks[:, :, 1:-1]
+    assert bend[inside].mean() > 20 * bend[outside].mean()
+    large = make_shapes(20, 5, 64)
+    smaller = torch.nn.functional.max_pool2d(large.masks.float()[:, None], 2)[:, 0] > 0
+    assert (smaller != shapes.masks[:20]).float().mean() < 0.05  # the same objects
+
+
+def test_every_arm_is_a_recipe(tmp_path):
+    found = set()
+    for name in {*arms_of("digits", False), *arms_of("shapes", False)}:
+        job = study.Job("arm", "tiny", "digits", str(tmp_path), "cpu", name, 1)
+        recipe = parse_recipe(job.recipe(), name)
+        assert recipe.steps == 240 * ARMS[name].times
+        assert recipe.save_every * 4 == recipe.steps
+        found.add(recipe.model_dump_json(exclude={"out", "data", "student"}) + str(ARMS[name].without))
+    # All differ, but for those whose data or start differs and the baseline that is no student.
+    assert len(found) >= len(ARMS) - 3
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory):
+    """The digits teacher's exact graft, with a correction that does something."""
+    out = tmp_path_factory.mktemp("graft") / "student"
+    convert(make_plan(open_source(str(TEACHER)), Options()), out)
+    student = load_student(out)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(student.conv_out.weight, std=0.05)
+    return student
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_left_out_changes_what_it_should(part, graft, monkeypatch):
+    for owner, names in ((ChunkedDiT, ("_move", "_cells", "dechunk", "decode")), (chunked_dit, ("LATTICE", "smooth")),
+                         (losses, ("visible_detail",))):  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(owner, name, getattr(owner, name))  # restored afterwards
+    images, labels = digits().held_out()
+    x, y = images[:8], labels[:8]
+    t = torch.full((8,), 400)
+
+    @torch.inference_mode()
+    def outputs() -> dict[str, torch.Tensor]:
+        graft._constants.clear()
+        router = graft(x, t, y, guide=0.0).routing.logit
+        return {
+            "grid": graft(x, t, y, guide=16.0).sample,
+            "dropped": graft(x, t, y, guide=16.0, tail_drop=0.5).sample,
+            "router": router,
+            "target": losses.visible_detail(x, graft.alpha_bar(t), torch.zeros(256)),
+        }
+
+    before = outputs()
+    leave_out(part)
+    after = outputs()
+    graft._constants.clear()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {
+        "lattice": {"router", "dropped"},
+        "cell-mean": {"dropped"},
+        "size-bias": {"dropped"},
+        "fill": {"dropped"},
+        "correction": {"grid", "dropped"},
+        "smoothing": {"grid", "dropped"},
+        "visibility": {"target"},
+    }
+    assert changed == expected[part]
+
+
+def test_teachers_go_on_where_they_were_interrupted(tmp_path):
+    shapes = make_shapes(32, 0, 8)
+    settings = {"steps": 40, "batch_size": 2, "lr": 1e-3, "seed": 0, "every": 10}
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, loss: float) -> None:
+        if step == 30:
+            raise Stop
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        small = new_teacher("tiny", 8, 3, 10, 0).config
+        return type(new_teacher("tiny", 8, 3, 10, 0)).from_config({**small, "num_layers": 1})
+
+    whole = train_teacher(model(), shapes.images, shapes.labels, **settings)
+    state = tmp_path / "state"
+    with pytest.raises(Stop):
+        train_teacher(model(), shapes.images, shapes.labels, **settings, state=state, clock=stop)
+    assert state.exists()
+    continued = train_teacher(model(), shapes.images, shapes.labels, **settings, state=state)
+    assert not state.exists()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, continued.state_dict()[name]), name
+
+
+def run_study(out, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "examples/study/study.py", "--quick", "--jobs", "1", "--out", out, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_quick_runs_and_does_nothing_twice(tmp_path):
+    arguments = ("--sets", "digits", "--arms", "exact", "teacher trained on")
+    done = run_study(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "| exact |" in done.stdout
+    found = json.loads((tmp_path / "results.json").read_text())["quick"]["sets"]["digits"]
+    rows = found["arms"]["exact"]["0"]["rows"]
+    assert [row["step"] for row in rows] == [0, 7, 14, 21, 28, 30]
+    assert rows[0]["val_loss"] == pytest.approx(found["teacher"]["val_loss"], rel=1e-4)
+    assert found["baselines"]
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        "study-quick-digits.png", "baselines-quick-digits.png"
+    }  # fmt: skip
+    result = tmp_path / "digits" / "exact-0" / "result.json"
+    made = result.stat().st_mtime_ns
+    again = run_study(tmp_path, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert result.stat().st_mtime_ns == made
+    assert again.stdout == done.stdout
+
+
+def test_results_are_of_this_code(tmp_path):
+    """docs/results.md is what the code here writes of docs/results.json, of the recipes that are here, and the first
+    losses of a run are the ones that it was made with."""
+    studies = json.loads(RESULTS.read_text())
+    assert (ROOT / "docs" / "results.md").read_text() == results.render(studies), "study.py --report --docs"
+    for plan, found in studies.items():
+        for name, of_set in found["sets"].items():
+            for arm, runs in of_set["arms"].items():
+                for seed, run in runs.items():
+                    job = study.Job("arm", plan, name, str(tmp_path), "cpu", arm, int(seed))
+                    now = json.loads(json.dumps(study.portable(job.recipe())))
+                    gpu = {"mixed_precision", "data_workers"}
+                    was = {key: value for key, value in run["settings"]["recipe"].items() if key in now}
+                    assert {k: v for k, v in was.items() if k not in gpu} == {
+                        k: v for k, v in now.items() if k not in gpu
+                    }, f"{arm} of {name}: run the study again"
+    first = studies["tiny"]["sets"]["digits"]["arms"]["exact"]["0"]["first_losses"]
+    job = study.Job("arm", "tiny", "digits", str(tmp_path), "cpu", "exact", 0)
+    recipe = parse_recipe(yaml.safe_load(yaml.safe_dump(job.recipe())), "exact")
+
+    class Done(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == recipe.log_every:
+            raise Done
+
+    prepared = prepare(recipe)
+    with pytest.raises(Done):
+        train(recipe, prepared.student, prepared.teacher, prepared.data, prepared.out, on_step=stop)
+    with (prepared.out / "log.csv").open() as file:
+        now = next(csv.DictReader(file))
+    for key in ("step", "loss", "distill", "router", "ratio", "tokens_kept"):
+        assert float(now[key]) == pytest.approx(float(first[key]), rel=1e-3), f"{key} of the first steps has changed"
