@@ -31,23 +31,25 @@ def hooks(model):
     return [list(held) for module in model.modules() for held in (module._forward_hooks, module._forward_pre_hooks)]
 
 
+@pytest.mark.parametrize("matched_once", [False, True])
 @pytest.mark.parametrize("feed_forward", [False, True])
-def test_nothing_merged_is_the_stock_model(model, feed_forward):
-    stock = run(model)
-    with merging(model, 0.0, feed_forward=feed_forward):
+def test_nothing_merged_is_the_stock_model(model, feed_forward, matched_once):
+    options, c, stock = {"feed_forward": feed_forward, "matched_once": matched_once}, model.config, run(model)
+    with merging(model, 0.0, **options):
         assert torch.equal(run(model), stock)
-    c = model.config
-    compared = c.num_layers * 2 * 64 * 16 * 48
-    assert merged_flops(c, 0.0, feed_forward=feed_forward) == dit_flops(c) + compared
-    assert merged_flops(c, 0.0, first=4) == dit_flops(c)
+    compared = 2 * 64 * 16 * 48
+    assert merged_flops(c, 0.0, **options) == dit_flops(c) + (1 if matched_once else 4) * compared
+    assert merged_flops(c, 0.0, first=4, **options) == dit_flops(c)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_the_model_is_as_before(model, ratio):
     before, stock = hooks(model), run(model)
-    with pytest.raises(KeyError, match="mine"), merging(model, ratio):
+    with merging(model, ratio):
         assert not torch.equal(run(model), stock)
-        raise KeyError("mine")
+    assert hooks(model) == before
+    with pytest.raises(IndexError), merging(model, ratio):
+        model(X, timestep=T, class_labels=torch.tensor([99] * 3))
     assert hooks(model) == before
     assert torch.equal(run(model), stock)
 
@@ -129,9 +131,10 @@ def test_proportional_attention_counts_every_token():
 @pytest.mark.parametrize("feed_forward", [False, True])
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_flops_against_torchs_counter(model, ratio, first, feed_forward):
+@pytest.mark.parametrize("matched_once", [False, True])
+def test_flops_against_torchs_counter(model, matched_once, ratio, first, feed_forward):
     c = model.config
-    options = {"first": first, "feed_forward": feed_forward}
+    options = {"first": first, "feed_forward": feed_forward, "matched_once": matched_once}
     with merging(model, ratio, **options), FlopCounterMode(display=False) as counter:
         run(model, slice(0, 1))
     counts = counter.get_flop_counts()["Global"]

@@ -56,8 +56,8 @@ class Plan:
 PLANS = {
     "quick": Plan(("digits", "shapes"), {"digits": 30, "shapes": 12}, {"digits": 32, "shapes": 8},
                   {"digits": 12, "shapes": 8}, held_out=20, full_steps=20, timed=2, repeats=1, images=2048),
-    "tiny": Plan(("digits", "shapes"), {"digits": 240, "shapes": 240}, {"digits": 64, "shapes": 32},
-                 {"digits": 100, "shapes": 60}, held_out=80, full_steps=50, timed=6, repeats=3),
+    "tiny": Plan(("digits", "shapes"), {"digits": 240, "shapes": 240}, {"digits": 32, "shapes": 16},
+                 {"digits": 60, "shapes": 30}, held_out=60, full_steps=50, timed=6, repeats=3),
     "S": Plan(("shapes",), {"shapes": 1500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
               repeats=3, images=65536, pixels=64,
               teacher={"size": "S", "steps": 8000, "batch_size": 128, "lr": 4e-4}),

@@ -2,10 +2,10 @@
 
     python examples/study/token_merging.py [--samples 60]      # the variants beside each other, on the digits
 
-In front of every block the tokens are split: one of each 2 x 2 window is a destination, the others are sources. The
-sources that are most similar to a destination (cosine of the block's input) are averaged into it; the block's attention
-and feed-forward run on what is left, and their outputs are copied back to every token that went in. The residual stream
-keeps all tokens, so that each keeps its position.
+The tokens are split: one of each 2 x 2 window is a destination, the others are sources. The sources that are most
+similar to a destination (cosine of a block's input) are averaged into it; attention and feed-forward run on what is
+left, and their outputs are copied back to every token that went in. The residual stream keeps all tokens, so that each
+keeps its position.
 MEASURED
 """
 
@@ -74,31 +74,32 @@ def merging(
     feed_forward: bool = True,
     proportional: bool = True,
     scattered: bool = True,
+    matched_once: bool = True,
 ) -> Iterator[None]:
-    """Within, the transformer merges ``ratio`` of its tokens in every block from ``first`` on; afterwards it is as before.
+    """Within, the transformer merges ``ratio`` of its tokens in every block from ``first`` on; then it is as before.
 
     Args:
+        matched_once: in the first of these blocks, for all of them, else anew in every block.
         feed_forward: it too runs on merged tokens, else attention alone.
         proportional: attention counts a merged token as often as it holds tokens.
-        scattered: destinations are drawn anew in every block and timestep (always the same ones in the same timestep),
-            else the first token of every window.
+        scattered: destinations are drawn by timestep (always the same ones in the same timestep), else they are the
+            first token of every window.
 
     Raises:
         ValueError: the grid is odd, or more is to be merged than there are sources: a ratio is 0 to 0.75.
     """
-    side = transformer.config.sample_size // transformer.config.patch_size
+    side, blocks = transformer.config.sample_size // transformer.config.patch_size, transformer.transformer_blocks
     if side % 2 or not 0 <= ratio <= 1 - 1 / WINDOW:
-        raise ValueError(
-            f"cannot merge {ratio:g} of {side} x {side} tokens: the side must be even, the ratio 0 to 0.75"
-        )
+        raise ValueError(f"cannot merge {ratio:g} of {side} x {side} tokens: an even side, and 0 to 0.75")
     windows = torch.arange(side**2).view(side // 2, 2, side // 2, 2).transpose(1, 2).reshape(-1, WINDOW)
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(WINDOW if scattered else 1, (DRAWS, len(windows)), generator=generator)
+    merger = _Merger(windows, draws, int(ratio * side**2), proportional)
     handles = []
-    for block in transformer.transformer_blocks[first:]:
-        draws = torch.randint(WINDOW if scattered else 1, (DRAWS, len(windows)), generator=random)
-        merger = _Merger(windows, draws, int(ratio * side**2), proportional)
-        handles.append(block.register_forward_pre_hook(merger.match, with_kwargs=True))
-        for part in (block.attn1, block.ff) if feed_forward else (block.attn1,):
+    for index in range(first, len(blocks)):
+        if index == first or not matched_once:
+            handles.append(blocks[index].register_forward_pre_hook(merger.match, with_kwargs=True))
+        for part in (blocks[index].attn1, blocks[index].ff) if feed_forward else (blocks[index].attn1,):
             handles.append(part.register_forward_pre_hook(merger.before, with_kwargs=True))
             handles.append(part.register_forward_hook(merger.after))
     try:
@@ -109,8 +110,8 @@ def merging(
 
 
 class _Merger:
-    """The hooks of one block. ``windows`` int64 [W, 4]: the tokens of each; ``draws`` int64 [DRAWS, W]: which of the
-    four is the destination."""
+    """The hooks. ``windows`` int64 [W, 4]: the tokens of each; ``draws`` int64 [DRAWS, W]: which of the four is the
+    destination; ``count`` tokens are merged."""
 
     def __init__(self, windows: torch.Tensor, draws: torch.Tensor, count: int, proportional: bool):
         self.windows, self.draws, self.count, self.proportional = windows, draws, count, proportional
@@ -133,21 +134,24 @@ class _Merger:
         return self.slots.copy_back(out)
 
 
-def merged_flops(config: Mapping[str, Any], ratio: float, *, first: int = 0, feed_forward: bool = True) -> float:
+def merged_flops(
+    config: Mapping[str, Any], ratio: float, *, first: int = 0, feed_forward: bool = True, matched_once: bool = True
+) -> float:
     """`dit_flops` of one forward within `merging`; the products that compare sources with destinations are counted."""
     heads, layers, tokens = config["num_attention_heads"], config["num_layers"] - first, grid_tokens(config)
     width, left, destinations = heads * config["attention_head_dim"], tokens - int(ratio * tokens), tokens // WINDOW
     stock = block_flops(width, heads, layers, tokens)
     merged = block_flops(width, heads, layers, left, fed=1 if feed_forward else tokens / left)
-    return dit_flops(config) - stock + merged + layers * 2 * width * destinations * (tokens - destinations)
+    compared = 2 * width * destinations * (tokens - destinations) * min(layers, 1 if matched_once else layers)
+    return dit_flops(config) - stock + merged + compared
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "attention alone": {"feed_forward": False},
     "attention and feed-forward": {},
-    "the same, not proportional": {"proportional": False},
-    "the same, destinations fixed": {"scattered": False},
-    "the same, neither": {"proportional": False, "scattered": False},
+    "attention alone": {"feed_forward": False},
+    "matched in every block": {"matched_once": False},
+    "not proportional": {"proportional": False},
+    "fixed destinations": {"scattered": False},
 }
 
 
@@ -177,8 +181,8 @@ def main() -> None:
             for ratio in (0.25, 0.5, 0.75):
                 with merging(model, ratio, first=first, **how):
                     found = drawn()
-                counted = {"first": first, "feed_forward": how.get("feed_forward", True)}
-                share = merged_flops(model.config, ratio, **counted) / dit_flops(model.config)
+                counted = {key: value for key, value in how.items() if key in ("feed_forward", "matched_once")}
+                share = merged_flops(model.config, ratio, first=first, **counted) / dit_flops(model.config)
                 right = (study_set.look(found)[1].argmax(1) == torch.tensor(labels)).float().mean()
                 mse = (found - full).square().mean()
                 print(f"| {name} | {blocks} | {ratio} | {share:.2f} | {mse:.1e} | {right:.0%} |", flush=True)
