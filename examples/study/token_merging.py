@@ -6,7 +6,13 @@ The tokens are split: one of each 2 x 2 window is a destination, the others are 
 similar to a destination (cosine of a block's input) are averaged into it; attention and feed-forward run on what is
 left, and their outputs are copied back to every token that went in. The residual stream keeps all tokens, so that each
 keeps its position.
-MEASURED
+
+Measured with the command above, DDIM in 50 steps, guided, paired MSE to the stock model's samples: the variant that is
+the default is the best one. Feed-forward too (the paper leaves it alone) pays at equal FLOPs: 0.0039 at 87 %, attention
+alone 0.016 at 89 %; 0.025 at 74 %, attention alone 0.057 at 84 % and 0.078 at 78 %. Proportional attention lowers
+0.0081 to 0.0039 (a quarter merged in the later half of the blocks) and 0.18 to 0.16 (half, in all blocks), destinations
+drawn by timestep instead of fixed ones 0.011 to 0.0039 and 0.23 to 0.16. One matching for all blocks is as good as one
+for each. Merging in the later half alone beats merging less in all: 0.025 and 0.043, both at 74 %.
 """
 
 import argparse
