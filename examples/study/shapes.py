@@ -60,7 +60,10 @@ def _draw(first: int, seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor,
     y, x = row - uniform(-5, 5), column - uniform(-5, 5)
     turn, radius = uniform(0, 2 * math.pi), uniform(7.5, 10.5)
     u, v = (turn.cos() * x + turn.sin() * y) / radius, (turn.cos() * y - turn.sin() * x) / radius
-    inside = torch.stack([_outline(name, u, v) for name in CLASSES], 1)[torch.arange(count), labels]
+    inside = torch.empty(u.shape, dtype=torch.bool)
+    for k, name in enumerate(CLASSES):
+        rows = labels == k
+        inside[rows] = _outline(name, u[rows], v[rows])
     cover = F.avg_pool2d(inside.float(), OVERSAMPLING)[:, None]
 
     angle, period = uniform(0, 2 * math.pi), uniform(5.0, 8.0) * 32 / size

@@ -59,10 +59,10 @@ PLANS = {
     "tiny": Plan(("digits", "shapes"), {"digits": 240, "shapes": 240}, {"digits": 32, "shapes": 16},
                  {"digits": 60, "shapes": 30}, held_out=60, full_steps=50, timed=6, repeats=3),
     "S": Plan(("shapes",), {"shapes": 1500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
-              repeats=3, images=65536, pixels=64,
+              repeats=3, pixels=64,
               teacher={"size": "S", "steps": 8000, "batch_size": 128, "lr": 4e-4}),
     "B": Plan(("shapes",), {"shapes": 500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
-              repeats=3, images=65536, pixels=64,
+              repeats=3, pixels=64,
               teacher={"size": "B", "steps": 3000, "batch_size": 128, "lr": 3e-4}),
 }  # fmt: skip
 SCALE_ARMS = ["exact", "published, distilled", "from scratch", "N = 16", "grid boundaries", "random boundaries"]
