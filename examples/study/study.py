@@ -240,18 +240,21 @@ def run(arguments: list[str], log: Path) -> None:
 
 
 def is_done(job: Job) -> bool:
-    """Whether its result is there, of the same settings; what was made with others is removed."""
-    result = job.folder / "result.json"
-    if result.is_file():
-        if json.loads(result.read_text())["settings"] == json.loads(json.dumps(job.settings)):
-            return True
+    """Whether its result is there, of the same settings; what was begun with others is removed."""
+    settings = job.folder / "settings.json"
+    if job.folder.exists() and (not settings.is_file() or json.loads(settings.read_text()) != as_json(job.settings)):
         shutil.rmtree(job.folder)
-    return False
+    return (job.folder / "result.json").is_file()
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def start(job: Job) -> float:
     """Do a job in a process of its own; seconds."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    write_text(job.folder / "settings.json", json.dumps(job.settings))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if job.device == "cpu" else dict(os.environ)
     begun = time.perf_counter()
     with (job.folder / "log.txt").open("a") as log:
