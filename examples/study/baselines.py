@@ -4,7 +4,7 @@
     python examples/study/baselines.py --set digits --student exact=runs/digits/export [--out baselines]
 
 The teacher with fewer steps (DDIM and DPM-Solver++), with step holding and with token merging (`token_merging.py`), and
-every student over its tail drops, alone and with step holding. All are judged against the same teacher's full DDIM run,
+every student over its tail drops, alone, with step holding and with Lite-CFG. All are judged against the same teacher's full DDIM run,
 guided, from the same seeds. Writes report.json, tables.md and baselines.png. Ten minutes on a CPU core.
 """
 
@@ -42,6 +42,7 @@ CONVERGED = 4  # times the steps of the full run: what a solver of high order go
 FEWER = (0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MERGED = (0.25, 0.5, 0.75)
 TAIL_DROPS, HELD_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
+LITE_CFG = ((0.0, 0.4), (0.0, 0.8), (0.2, 0.8))  # in the conditional and in the unconditional half
 BUDGETS, TOLERANCE = (1.0, 0.75, 0.5, 0.35, 0.25), 0.03  # holding asks in the first and the last step too
 MARKERS = "oXsPD^v<>ph*"
 Cost = Literal["flops", "time"]
@@ -55,6 +56,17 @@ class Setting:
     name: str
     variant: Variant
     share: float = 1.0
+
+
+@dataclass
+class LiteVariant(Variant):
+    """A student with another tail drop in the unconditional half."""
+
+    uncond_tail_drop: float = 0.0
+
+    def begin(self) -> None:
+        super().begin()
+        self.pipe.transformer.set_lite_cfg(self.uncond_tail_drop)
 
 
 def families(
@@ -84,6 +96,10 @@ def families(
         found[f"{name} at ρ"] = [of(f"ρ = {rho:g}", pipe, rho=rho) for rho in TAIL_DROPS]
         found[f"{name}, holding"] = [
             of(f"ρ = {rho:g}, asked every {n}", pipe, hold=Hold(n), rho=rho) for rho in HELD_TAIL_DROPS for n in (2, 3)
+        ]
+        found[f"{name}, Lite-CFG"] = [
+            Setting(f"ρ = {rho:g} and {lite:g}", LiteVariant("", pipe, Sampling(steps, GUIDANCE), rho, lite))
+            for rho, lite in LITE_CFG
         ]
     return found
 
@@ -266,7 +282,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("baselines"))
     options = parser.parse_args()
-    students = dict(one.split("=", 1) for one in options.student)
+    students = {name: folder for name, _, folder in (one.rpartition("=") for one in options.student)}
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as nowhere:  # for images to train on, which nothing is here

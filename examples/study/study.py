@@ -146,6 +146,7 @@ def work(job: Job) -> None:
             timed_samples=plan.timed,
             repeats=plan.repeats,
             steps=plan.full_steps,
+            device=job.device,
         )
     else:
         from masks import measure_masks
