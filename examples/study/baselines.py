@@ -4,8 +4,9 @@
     python examples/study/baselines.py --set digits --student exact=runs/digits/export [--out baselines]
 
 The teacher with fewer steps (DDIM and DPM-Solver++), with step holding and with token merging (`token_merging.py`), and
-every student over its tail drops, alone, with step holding and with Lite-CFG. All are judged against the same teacher's full DDIM run,
-guided, from the same seeds. Writes report.json, tables.md and baselines.png. Ten minutes on a CPU core.
+every student over its tail drops, alone, with step holding and with Lite-CFG. All are judged against the same
+teacher's full DDIM run, guided, from the same seeds. Writes report.json, tables.md and baselines.png. Ten minutes on a
+CPU core.
 """
 
 import argparse
