@@ -121,7 +121,7 @@ How to read it. A row is an arm: a recipe of `upcycle finetune`, described in `e
 is that on held-out images at ten timesteps, divided by the teacher's; *worst level* is the largest such ratio of the
 ten. **Paired MSE**: mean squared distance of samples to the teacher's from the same seeds, pixels in [-1, 1]; DDIM,
 20 steps, guidance 2. **Class**: share of samples that a classifier reads as what they should be. **Fréchet** distance
-and **KID** are in the features of that classifier: the shipped digits one (98.7 % on held-out digits), or the shapes'
+and **KID** are in the features of that classifier: the one that ships with the digits, or the shapes' own
 (`examples/study/sets.py`). Few samples: both mean something for large gaps only. **ρ = 0.4**: the same with that
 share of the kept tokens dropped. Figures are means over the seeds, with the lowest and highest; every arm has the
 same number of steps and the same batches, unless its name says otherwise. `exact` keeps every fourth position (N =
@@ -148,7 +148,7 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
     text.append(
         f"The teacher: noise MSE {teacher['val_loss']:.4f}, class {teacher['accuracy']:.0%}, Fréchet "
         f"{teacher['frechet']:.1f}, KID {teacher['kid']:.2g}; with half the steps its samples move by a paired MSE of "
-        f"{teacher['half_the_steps_mse']:.2g}."
+        f"{teacher['half_the_steps_mse']:.2g}. The classifier reads {teacher['classifier']:.1%} of held-out images right."
     )
     text += [_verdicts(arms, teacher)]
     for heading, group in (
