@@ -93,8 +93,8 @@ class Judge:
         }
 
     def judge_teacher(self) -> dict[str, Any]:
-        """The teacher's row: as it is, and what half of the steps costs it; ``classifier``: how many held-out images the
-        set's classifier reads right."""
+        """The teacher's row, and what half of the steps costs it; ``classifier``: how many held-out images the set's
+        classifier reads right."""
         row = {**self.loss(self.teacher), **self.trajectories(self.teacher, None)}
         half = self._draw(self.teacher, None, DDIM_STEPS // 2).latents.clamp(-1, 1)
         row["half_the_steps_mse"] = (half - self.teachers()).square().mean().item()

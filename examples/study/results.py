@@ -148,7 +148,8 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
     text.append(
         f"The teacher: noise MSE {teacher['val_loss']:.4f}, class {teacher['accuracy']:.0%}, Fréchet "
         f"{teacher['frechet']:.1f}, KID {teacher['kid']:.2g}; with half the steps its samples move by a paired MSE of "
-        f"{teacher['half_the_steps_mse']:.2g}. The classifier reads {teacher['classifier']:.1%} of held-out images right."
+        f"{teacher['half_the_steps_mse']:.2g}. The classifier reads {teacher['classifier']:.1%} of held-out images "
+        "right."
     )
     text += [_verdicts(arms, teacher)]
     for heading, group in (
