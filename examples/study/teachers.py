@@ -162,13 +162,26 @@ def save_pipeline(transformer: DiTTransformer2DModel, folder: Path, names: tuple
 
 
 def make_teacher(
-    out: Path, *, size: str, pixels: int, images: int, steps: int, batch_size: int, lr: float, seed: int, device: str
+    out: Path,
+    *,
+    size: str,
+    pixels: int,
+    images: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    device: str,
+    init: Path | None = None,
 ) -> dict[str, float]:
-    """Train on shapes of ``seed`` 0 and write ``out``; returns the held-out noise MSE and minutes."""
+    """Train on shapes of ``seed`` 0 and write ``out``; returns the held-out noise MSE and minutes. ``init``: a pipeline
+    to start from."""
     from upcycle.evaluation.validation import validate
 
     begun = time.perf_counter()
     model = new_teacher(size, pixels, 3, len(CLASSES), seed).to(device)
+    if init:
+        model.load_state_dict(DiTTransformer2DModel.from_pretrained(init, subfolder="transformer").state_dict())
     shapes = make_shapes(images, 0, pixels)
     out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -196,6 +209,7 @@ def make_teacher(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes-teacher"))
+    parser.add_argument("--init", type=Path, help="a pipeline to start from")
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--images", type=int, default=16384)
