@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sets import Set
 
 from upcycle.shipped import shipped_recipe
 
@@ -37,15 +36,24 @@ class Arm:
 
 
 def _published_losses(recipe: Recipe) -> None:
+    """The paper's losses and one rate for what is the teacher's and what is not."""
     recipe["stages"][0]["losses"] = dict(PUBLISHED)
-    recipe["optimizer"] = {"router_lr_scale": recipe.get("optimizer", {}).get("router_lr_scale", 10.0)}
+    recipe["optimizer"] = {"router_lr_scale": 10.0}
+
+
+def _without_distillation(recipe: Recipe) -> None:
+    recipe["stages"][0]["losses"] |= {"diffusion": 1.0, "variational": 1.0, "distill": 0.0}
+
+
+def _paper_start(recipe: Recipe) -> None:
+    recipe["convert"] = {"ratio": recipe["convert"]["ratio"], "init": "paper"}
 
 
 def _paper(recipe: Recipe) -> None:
     """The published start, its losses, one learning rate for all."""
-    recipe["convert"] = {"ratio": recipe["convert"]["ratio"], "init": "paper"}
-    recipe["optimizer"] = {"router_lr_scale": 1.0}
+    _paper_start(recipe)
     recipe["stages"][0]["losses"] = dict(PUBLISHED)
+    recipe["optimizer"] = {"router_lr_scale": 1.0}
 
 
 def _paper_distilled(recipe: Recipe) -> None:
@@ -74,8 +82,11 @@ def _set(path: str, value: Any) -> Callable[[Recipe], None]:
     return change
 
 
-def _sixteenth_at_random(recipe: Recipe) -> None:
-    recipe["convert"] |= {"ratio": 16, "router": "random"}
+def _sixteenth(router: str) -> Callable[[Recipe], None]:
+    def change(recipe: Recipe) -> None:
+        recipe["convert"] |= {"ratio": 16, "router": router}
+
+    return change
 
 
 BUDGETS = (0.2, 0.4, 0.6)
@@ -85,6 +96,7 @@ STARTS = {
     "from scratch, 8 x": Arm("the same, with 8 times the steps", _scratch, start="scratch", times=8, once=True),
     "published": Arm("published upcycling without distillation (d)", _paper, quick=True),
     "published, distilled": Arm("with block distillation for a fifth of the steps (e)", _paper_distilled, quick=True),
+    "published, our losses": Arm("the published start with the losses of `exact`", _paper_start),
     "exact": Arm("the exact graft (f)", tail_drops=BUDGETS, quick=True),
     "exact, 4 x": Arm("the same, with 4 times the steps", times=4, once=True),
 }
@@ -93,12 +105,13 @@ LEFT_OUT = {
     "without supervision": Arm("no BCE of the router", _set("stages.0.losses.router", 0.0), quick=True),
     "without controller": Arm("the bias that holds the ratio stays", _set("stages.0.anneal.bias_rate", 0.0)),
     "without router's rate": Arm("one learning rate for router and scaffold", _set("optimizer.router_lr_scale", 1.0)),
-    "without distillation": Arm("the paper's losses", _published_losses),
+    "without distillation": Arm("noise MSE and variational bound instead", _without_distillation),
+    "published losses": Arm("without router supervision and the teacher's lower rate too", _published_losses),
+    "without correction": Arm("no decoder", without="correction"),
     "without lattice": Arm("no prior for every second position", without="lattice"),
     "without cell mean": Arm("tokens see their window alone", without="cell-mean"),
     "without size bias": Arm("attention does not know the cells' sizes", without="size-bias"),
     "without fill": Arm("uncovered positions copy the nearest entry", without="fill"),
-    "without correction": Arm("no decoder", without="correction"),
     "without visibility": Arm("the router's target without √ᾱ", without="visibility"),
 }
 ABLATIONS = {
@@ -107,33 +120,45 @@ ABLATIONS = {
     "cosine router": Arm("H-Net's router instead of predictability", _set("convert.router", "cosine")),
     "without smoothing": Arm("no smoothing in the decoder", without="smoothing"),
     "one budget": Arm("no tail dropping while training", _set("stages.0.tail_drop.values", []), tail_drops=BUDGETS),
-    "N = 16": Arm("a sixteenth of the positions", _set("convert.ratio", 16), quick=True),
-    "N = 16, random": Arm("the same, at random", _sixteenth_at_random),
+    "N = 16": Arm("a sixteenth of the positions", _sixteenth("predictability"), quick=True),
+    "N = 16, random": Arm("the same, at random", _sixteenth("random")),
+    "N = 16, grid": Arm("the same, on a grid twice as coarse as the teacher's", _sixteenth("grid")),
     "teacher-made data": Arm("the teacher's own samples instead of data", teacher_made=True),
     "guided distillation": Arm("the teacher's guided output is followed", _set("stages.0.teacher_guidance", 2.0)),
 }
 ARMS: dict[str, Arm] = {**STARTS, **LEFT_OUT, **ABLATIONS}
-ON_SHAPES = (  # a step costs more than twice one of the digits
+FIRST = (
     "exact", "published, distilled", "from scratch", "published", "teacher trained on", "N = 16", "grid boundaries",
-    "random boundaries", "without supervision", "one budget", "N = 16, random", "exact, 4 x", "from scratch, 8 x",
+    "random boundaries", "without supervision", "one budget", "N = 16, random", "N = 16, grid",
 )  # fmt: skip
+# Digits are drawn on the teacher's own grid: what a token off the grid needs is asked of the shapes, whose steps cost
+# more.
+DIGITS_ONLY = {
+    "without guide", "without controller", "without router's rate", "without distillation", "published losses",
+    "without correction", "without smoothing", "cosine router", "published, our losses", "teacher-made data",
+    "guided distillation",
+}  # fmt: skip
+SHAPES_ONLY = {"without lattice", "without cell mean", "without size bias", "without fill", "without visibility"}
 
 
 def arms_of(study_set: str, quick: bool) -> list[str]:
     """The arms of a set, most telling first."""
-    names = [*ON_SHAPES, *(name for name in ARMS if name not in ON_SHAPES and study_set == "digits")]
+    left_out = SHAPES_ONLY if study_set == "digits" else DIGITS_ONLY
+    names = [*FIRST, *(name for name in ARMS if name not in FIRST and name not in left_out)]
     return [name for name in names if ARMS[name].quick or not quick]
 
 
-def recipe_of(arm: Arm, study_set: Set, seed: int, steps: int, batch_size: int, out: Path, data: str) -> Recipe:
+def recipe_of(
+    arm: Arm, *, study_set: str, teacher: str, data: str, seed: int, steps: int, batch_size: int, out: Path
+) -> Recipe:
     """The recipe of an arm, whose run goes to ``out/run`` and leaves a checkpoint at every quarter."""
     content: Recipe = copy.deepcopy(yaml.safe_load(BASE.read_text()))
     del content["validation"]
     steps *= arm.times
     content["stages"][0]["steps"] = steps
     content |= {"seed": seed, "out": str(out / "run"), "save_every": max(1, steps // 4), "keep_checkpoints": 4}
-    content |= {"teacher": study_set.teacher, "data": data, "batch_size": batch_size}
-    if study_set.name == "shapes":  # of which there are enough to learn more from than from the teacher alone
+    content |= {"teacher": teacher, "data": data, "batch_size": batch_size}
+    if study_set == "shapes":  # of which there are enough to learn more from than from the teacher alone
         content["stages"][0]["losses"] = {"diffusion": 1.0, "variational": 1.0, "distill": 1.0, "router": 0.5}
     arm.change(content)
     if arm.start == "scratch":

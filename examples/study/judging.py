@@ -1,9 +1,10 @@
 """How an arm is judged: held-out noise MSE by timestep, and whole trajectories beside the teacher's."""
 
-import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ from upcycle.training.state import RunState
 DDIM_STEPS, BATCH = 20, 50
 
 
+@dataclass
+class FixedVariant(Variant):
+    """A student that keeps as many tokens in every sample and step, if it is told so."""
+
+    tokens: int | None = None
+
+    def begin(self) -> None:
+        super().begin()
+        if self.tokens:
+            self.pipe.transformer.set_tokens(self.tokens)
+
+
 class Judge:
     """Judges models of one set on ``samples`` trajectories (DDIM, guidance 2, a class in turn, seeds from 0 on) and on
     ``held_out`` images.
@@ -51,9 +64,11 @@ class Judge:
     def labels(self) -> list[int]:
         return [i % self.set.classes for i in range(self.samples)]
 
-    def _draw(self, model: torch.nn.Module, tail_drop: float | None, steps: int = DDIM_STEPS) -> Drawn:
+    def _draw(
+        self, model: torch.nn.Module, tail_drop: float | None, tokens: int | None = None, steps: int = DDIM_STEPS
+    ) -> Drawn:
         self.pipe.transformer = model
-        variant = Variant("", self.pipe, Sampling(steps, GUIDANCE), tail_drop)
+        variant = FixedVariant("", self.pipe, Sampling(steps, GUIDANCE), tail_drop, tokens)
         return draw(variant, self.labels, list(range(self.samples)), batch_size=BATCH)
 
     @lru_cache(1)  # noqa: B019 - one judge a process
@@ -67,7 +82,7 @@ class Judge:
         if not self._file.exists():
             latents = self._draw(self.teacher, None).latents.clamp(-1, 1)
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._file.with_suffix(f".{id(self)}")
+            partial = self._file.with_suffix(f".{os.getpid()}")  # two jobs may draw them
             save_file({"latents": latents}, partial)
             partial.replace(self._file)
         return load_file(self._file)["latents"]
@@ -77,9 +92,11 @@ class Judge:
         found = validate(model, *self._held_out, self.alpha_bar.cpu())
         return {"val_loss": found.mean_loss, "val_loss_by_t": found.loss, "tokens_by_t": found.tokens}
 
-    def trajectories(self, model: torch.nn.Module, tail_drop: float | None) -> dict[str, Any]:
+    def trajectories(
+        self, model: torch.nn.Module, tail_drop: float | None, tokens: int | None = None
+    ) -> dict[str, Any]:
         """Paired MSE of samples (pixels in [-1, 1]), class accuracy, Fréchet distance and KID, FLOPs and tokens."""
-        drawn = self._draw(model, tail_drop)
+        drawn = self._draw(model, tail_drop, tokens)
         pixels = drawn.latents.clamp(-1, 1)
         features, logits = self.set.look(pixels)
         found = measure({"features": features, "logits": logits}, self.reference())
@@ -96,7 +113,7 @@ class Judge:
         """The teacher's row, and what half of the steps costs it; ``classifier``: how many held-out images the set's
         classifier reads right."""
         row = {**self.loss(self.teacher), **self.trajectories(self.teacher, None)}
-        half = self._draw(self.teacher, None, DDIM_STEPS // 2).latents.clamp(-1, 1)
+        half = self._draw(self.teacher, None, steps=DDIM_STEPS // 2).latents.clamp(-1, 1)
         row["half_the_steps_mse"] = (half - self.teachers()).square().mean().item()
         images, labels = self.set.held_out()
         row["classifier"] = (self.set.look(images)[1].argmax(1) == labels).float().mean().item()
@@ -104,26 +121,28 @@ class Judge:
 
 
 def judge_run(judge: Judge, recipe_file: Path, tail_drops: tuple[float, ...]) -> list[dict[str, Any]]:
-    """A row for the start and for every checkpoint of a run; trajectories at a quarter and at the end, there also with
-    tails dropped (``by_tail_drop``)."""
+    """A row for the start and for every checkpoint of a run; trajectories at the end, also with tails dropped
+    (``by_tail_drop``) and with exactly one of N positions kept (``fixed``)."""
     recipe = load_recipe(recipe_file)
     start = Path(recipe.student or f"{recipe.out}/start")
     rows = []
     for step, student in _averaged_students(recipe, start):
         student = student.eval().to(judge.device)
         row = {"step": step, **judge.loss(student)}
-        if step in (recipe.steps // 4, recipe.steps):
-            row |= judge.trajectories(student, 0.0)
         if step == recipe.steps:
+            row |= judge.trajectories(student, 0.0)
             row["by_tail_drop"] = {
                 str(rho): {**judge.trajectories(student, rho), "val_loss": _at(judge, student, rho)}
                 for rho in tail_drops
             }
+            tokens = round(student.config.sample_size**2 / student.config.ratio)
+            row["fixed"] = judge.trajectories(student, 0.0, tokens)
         rows.append(row)
     return rows
 
 
 def _at(judge: Judge, student: ChunkedDiT, tail_drop: float) -> float:
+    student.set_tokens(None)
     student.set_tail_drop(tail_drop)
     loss = judge.loss(student)["val_loss"]
     student.set_tail_drop(0.0)
@@ -144,6 +163,7 @@ def judge_trained_on(judge: Judge, recipe_file: Path) -> list[dict[str, Any]]:
         steps=recipe.steps,
         batch_size=recipe.batch_size,
         lr=stage.lr * recipe.optimizer.teacher_lr_scale,
+        warmup=stage.warmup,
         seed=recipe.seed,
         ema=recipe.ema,
     ).to(judge.device)
@@ -175,7 +195,7 @@ def scratch_start(start: Path, teacher: str, seed: int) -> None:
     fresh = start.with_name("start.partial")
     source = str(TEACHER) if teacher == "digits" else teacher
     command = [sys.executable, "-m", "upcycle", "convert", source, "--init", "paper", "-o", str(fresh), "--force"]
-    subprocess.run([*command, "--seed", str(seed), "--no-verify"], check=True, capture_output=True)
+    subprocess.run([*command, "--seed", str(seed), "--no-verify"], check=True)
     path = fresh / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     generator = torch.Generator().manual_seed(seed)
@@ -188,8 +208,3 @@ def scratch_start(start: Path, teacher: str, seed: int) -> None:
                 torch.nn.init.xavier_uniform_(tensor, generator=generator)
     save_file(weights, path, metadata={"format": "pt"})
     fresh.rename(start)
-
-
-def read(path: Path) -> Any:
-    """A JSON file, or None where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -91,6 +91,7 @@ def measure_masks(
     pixels: int = 32,
     seed: int = 3,
     teacher: str | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """What ``students`` (export folders by name) keep of ``count`` shapes of ``pixels`` x ``pixels``, two at least.
 
@@ -119,7 +120,7 @@ def measure_masks(
     x_t = signal.sqrt() * shapes.images + (1 - signal).sqrt() * noise
 
     def opened(folder: str) -> DiTPipeline:
-        pipe = load_pipeline(folder)
+        pipe = load_pipeline(folder).to(device)
         if not torch.allclose(pipe.scheduler.alphas_cumprod, alpha_bar):
             raise UpcycleError(f"{folder} has another noise schedule than the first student; measure it on its own")
         return pipe
@@ -133,10 +134,10 @@ def measure_masks(
             raise UpcycleError(f"{path} is no student: its transformer does not route; give an export of finetune")
         for k, t in enumerate(timesteps):
             routing = [answer.routing for answer in _ask(pipe, x_t[k], t, shapes.labels)]
-            logit, kept = (torch.cat([getattr(r, part) for r in routing]) for part in ("logit", "mask"))
+            logit, kept = (torch.cat([getattr(r, part) for r in routing]).cpu() for part in ("logit", "mask"))
             if label == name and k in shown_at:
                 found = torch.cat([r.probability for r in routing])[shown]
-                probability.append(found.float().view(-1, pixels, pixels))
+                probability.append(found.float().cpu().view(-1, pixels, pixels))
             tokens = kept.sum(1).double()
             inside = (kept & shapes.masks.flatten(1)).sum() / kept.sum()
             counted = {"kept": tokens.mean().item(), "kept_deviation": tokens.std().item(), "inside": inside.item()}
@@ -151,7 +152,7 @@ def measure_masks(
     if teacher is not None:
         pipe, by_t = opened(teacher), []
         for k, t in enumerate(timesteps):
-            epsilon = torch.cat([answer.sample[:, :3] for answer in _ask(pipe, x_t[k], t, shapes.labels)])
+            epsilon = torch.cat([answer.sample[:, :3] for answer in _ask(pipe, x_t[k], t, shapes.labels)]).cpu()
             estimate = predicted_x0(x_t[k], epsilon, alpha_bar[t].expand(count), 1.0)  # images are in [-1, 1]
             by_t.append({"t": t, "auc": _aucs(local_deviation(estimate).view_as(shapes.masks), targets)})
         rows["deviation of the teacher's x0"] = {"kind": "supervision", "folder": teacher, "by_t": by_t}
@@ -186,8 +187,8 @@ def _folders(students: dict[str, str]) -> list[tuple[str, str, str]]:
 
 
 def _ask(pipe: DiTPipeline, x: torch.Tensor, t: int, labels: torch.Tensor) -> list[Any]:
-    """The transformer's answers to x_t [n, C, H, W], in batches."""
-    pairs = zip(x.split(BATCH), labels.split(BATCH), strict=True)
+    """The transformer's answers to x_t [n, C, H, W], in batches, on its device."""
+    pairs = zip(x.to(pipe.device).split(BATCH), labels.to(pipe.device).split(BATCH), strict=True)
     return [pipe.transformer(part, timestep=torch.full_like(y, t), class_labels=y) for part, y in pairs]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from shapes import CLASSES, make_shapes, write_shards
+from shapes import CLASSES, make_shapes
 from torch import nn
 
 from upcycle.evaluation.features import load_extractor
@@ -77,7 +77,7 @@ def train_classifier(path: Path, *, steps: int = 3000, pixels: int = 32, device:
     with torch.inference_mode():
         accuracy = (net(held_out.images)[1].argmax(1) == held_out.labels).float().mean().item()
     partial = path.with_suffix(".partial")
-    save_file({**net.state_dict(), "accuracy": torch.tensor(accuracy)}, partial)
+    save_file(net.state_dict(), partial)
     partial.replace(path)
     return accuracy
 
@@ -97,16 +97,11 @@ def digits() -> Set:
 
 
 def shapes(
-    out: Path, *, teacher: Path = SHAPES_TEACHER, classifier: Path = SHAPES_CLASSIFIER, pixels: int = 32, images: int
+    data: Path, *, teacher: Path = SHAPES_TEACHER, classifier: Path = SHAPES_CLASSIFIER, pixels: int = 32
 ) -> Set:
-    """The shapes of `shapes.py`: colour, ``images`` to train on, which are written into ``out`` for `finetune`."""
-    data = out / "data"
-    if not (data / "shapes.safetensors").exists():
-        write_shards(data, images, TRAIN_SEED, pixels)
-    weights = load_file(classifier)
-    del weights["accuracy"]
+    """The shapes of `shapes.py`: colour; ``data`` is the folder of those to train on (`write_shards`)."""
     net = ShapesNet()
-    net.load_state_dict(weights)
+    net.load_state_dict(load_file(classifier))
 
     @torch.inference_mode()
     def look(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,15 +13,19 @@ are kept as they come; what is there with the same settings is not run again.
 """
 
 import argparse
+import ast
+import fcntl
+import hashlib
 import itertools
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +33,14 @@ import torch
 import yaml
 from arms import ARMS, arms_of, recipe_of, slug
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sets import SHAPES_CLASSIFIER, SHAPES_TEACHER, Set, digits, shapes, train_classifier
+from sets import HERE, SHAPES_CLASSIFIER, SHAPES_TEACHER, TRAIN_SEED, Set, digits, shapes, train_classifier
+from shapes import write_shards
 
-from upcycle.output import write_text
+from upcycle.output import to_json, write_text
+from upcycle.provenance import digest
+from upcycle.training.digits import TEACHER
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,23 +63,27 @@ class Plan:
 
 
 PLANS = {
-    "quick": Plan(("digits", "shapes"), {"digits": 30, "shapes": 12}, {"digits": 32, "shapes": 8},
+    "quick": Plan(("digits", "shapes"), {"digits": 32, "shapes": 12}, {"digits": 32, "shapes": 8},
                   {"digits": 12, "shapes": 8}, held_out=20, full_steps=20, timed=2, repeats=1, images=2048),
     "tiny": Plan(("digits", "shapes"), {"digits": 240, "shapes": 240}, {"digits": 32, "shapes": 16},
-                 {"digits": 60, "shapes": 30}, held_out=60, full_steps=50, timed=6, repeats=3),
-    "S": Plan(("shapes",), {"shapes": 1500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
-              repeats=3, pixels=64,
-              teacher={"size": "S", "steps": 8000, "batch_size": 128, "lr": 4e-4}),
-    "B": Plan(("shapes",), {"shapes": 500}, {"shapes": 128}, {"shapes": 200}, held_out=200, full_steps=50, timed=32,
-              repeats=3, pixels=64,
-              teacher={"size": "B", "steps": 3000, "batch_size": 128, "lr": 3e-4}),
+                 {"digits": 100, "shapes": 50}, held_out=60, full_steps=50, timed=6, repeats=3),
+    "S": Plan(("shapes",), {"shapes": 400}, {"shapes": 64}, {"shapes": 100}, held_out=100, full_steps=50, timed=32,
+              repeats=3, pixels=64, teacher={"size": "S", "steps": 2000, "batch_size": 64, "lr": 4e-4}),
+    "B": Plan(("shapes",), {"shapes": 200}, {"shapes": 64}, {"shapes": 100}, held_out=100, full_steps=50, timed=32,
+              repeats=3, pixels=64, teacher={"size": "B", "steps": 1500, "batch_size": 64, "lr": 3e-4}),
 }  # fmt: skip
 SCALE_ARMS = ["exact", "published, distilled", "from scratch", "N = 16", "grid boundaries", "random boundaries"]
+JUDGED_BY = {  # the code that results of a kind are of, beside recipes
+    "teacher": ("judging", "sets", "shapes"),
+    "arm": ("judging", "parts", "sets", "shapes", "teachers"),
+    "baselines": ("baselines", "token_merging", "sets", "shapes"),
+    "masks": ("masks", "shapes"),
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of work for a process of its own. ``kind``: arm, baselines or masks."""
+    """A piece of work for a process of its own. ``kind``: one of `JUDGED_BY`."""
 
     kind: str
     plan: str
@@ -85,22 +98,71 @@ class Job:
         return Path(self.out, self.set, f"{slug(self.arm)}-{self.seed}" if self.kind == "arm" else self.kind)
 
     @property
+    def places(self) -> "Places":
+        return Places.of(self.plan, self.set, self.out)
+
     def settings(self) -> dict[str, Any]:
-        """What a result must have been made with to be taken as it is; paths aside."""
+        """What a result must have been made with to be taken as it is. What it is not told: `inputs`."""
         plan = PLANS[self.plan]
-        common = {"samples": plan.samples[self.set], "held_out": plan.held_out, "pixels": plan.pixels}
-        if self.kind != "arm":
-            return {**common, "full_steps": plan.full_steps, "repeats": plan.repeats}
-        return {**common, "recipe": portable(self.recipe())}
+        found = {"samples": plan.samples[self.set], "code": code_of(self.kind)}
+        if self.kind in ("teacher", "arm"):
+            found |= {"held_out": plan.held_out}
+        if self.kind == "arm":
+            found |= {"recipe": portable(self.recipe()), "without": ARMS[self.arm].without, "images": plan.images}
+        if self.kind == "baselines":
+            found |= {"full_steps": plan.full_steps, "timed": plan.timed, "repeats": plan.repeats}
+        return found
+
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the weights that it starts from."""
+        files = {"teacher": self.places.teacher_weights}
+        if self.set == "shapes":
+            files["classifier"] = self.places.classifier
+        if self.kind in ("baselines", "masks"):
+            files |= {arm: Path(folder, "transformer", WEIGHTS) for arm, folder in exports(self).items()}
+        return {name: digest(path)[:16] for name, path in files.items()}
 
     def recipe(self) -> dict[str, Any]:
-        plan, arm = PLANS[self.plan], ARMS[self.arm]
-        study_set = open_set(self.set, self.plan, self.out)
-        data = str(Path(self.out, self.set, "teacher-made")) if arm.teacher_made else study_set.data
-        content = recipe_of(arm, study_set, self.seed, plan.steps[self.set], plan.batch[self.set], self.folder, data)
+        plan, arm, places = PLANS[self.plan], ARMS[self.arm], self.places
+        content = recipe_of(
+            arm,
+            study_set=self.set,
+            teacher=places.teacher,
+            data=places.teacher_made if arm.teacher_made else places.data,
+            seed=self.seed,
+            steps=plan.steps[self.set],
+            batch_size=plan.batch[self.set],
+            out=self.folder,
+        )
         if self.device != "cpu":
             content |= {"mixed_precision": "bf16", "data_workers": 8}
         return content
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a set's teacher, data and classifier are; ``teacher`` and ``data`` as recipes name them."""
+
+    teacher: str
+    data: str
+    teacher_made: str
+    classifier: Path
+
+    @property
+    def teacher_weights(self) -> Path:
+        folder = TEACHER if self.teacher == "digits" else Path(self.teacher)
+        return folder / "transformer" / WEIGHTS
+
+    @classmethod
+    def of(cls, plan_name: str, name: str, out: str) -> "Places":
+        plan, folder = PLANS[plan_name], Path(out, name)
+        made = str(folder / "teacher-made")
+        if name == "digits":
+            return cls("digits", "digits", made, Path())
+        data = str(folder / f"data-{plan.images}-{code_of('masks')[:8]}")  # other shapes.py, other data
+        if plan.teacher:
+            return cls(str(folder / "teacher"), data, made, folder / "classifier.safetensors")
+        return cls(str(SHAPES_TEACHER), data, made, SHAPES_CLASSIFIER)
 
 
 def portable(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -108,19 +170,20 @@ def portable(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if key not in ("out", "data", "teacher", "student")}
 
 
-def open_set(name: str, plan_name: str, out: str) -> Set:
-    plan = PLANS[plan_name]
+@cache
+def code_of(kind: str) -> str:
+    """SHA-256 of what `JUDGED_BY` names, without comments, docstrings and layout."""
+    trees = [ast.parse((HERE / f"{name}.py").read_text()) for name in JUDGED_BY[kind]]
+    for node in (inner for tree in trees for inner in ast.walk(tree)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256("".join(ast.dump(tree) for tree in trees).encode()).hexdigest()[:16]
+
+
+def open_set(name: str, places: Places, pixels: int) -> Set:
     if name == "digits":
         return digits()
-    folder = Path(out, name)
-    own = plan.teacher is not None
-    return shapes(
-        folder,
-        teacher=folder / "teacher" if own else SHAPES_TEACHER,
-        classifier=folder / "classifier.safetensors" if own else SHAPES_CLASSIFIER,
-        pixels=plan.pixels,
-        images=plan.images,
-    )
+    return shapes(Path(places.data), teacher=Path(places.teacher), classifier=places.classifier, pixels=pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,17 +195,23 @@ def work(job: Job) -> None:
     if job.device == "cpu":
         torch.set_num_threads(1)
     begun = time.perf_counter()
-    plan, study_set = PLANS[job.plan], open_set(job.set, job.plan, job.out)
-    found: dict[str, Any] = {"job": asdict(job), "settings": job.settings, "machine": machine(job.device)}
-    if job.kind == "arm":
-        found |= train_and_judge(job, study_set)
+    plan = PLANS[job.plan]
+    study_set = open_set(job.set, job.places, plan.pixels)
+    found: dict[str, Any] = {"job": asdict(job), "settings": job.settings(), "inputs": job.inputs()}
+    found["machine"] = machine(job.device)
+    samples = plan.samples[job.set]
+    if job.kind in ("teacher", "arm"):
+        from judging import Judge
+
+        judge = Judge(study_set, samples, plan.held_out, Path(job.out, job.set), job.device)
+        found |= train_and_judge(job, judge) if job.kind == "arm" else {"teacher": judge.judge_teacher()}
     elif job.kind == "baselines":
         from baselines import measure_baselines
 
         found["report"] = measure_baselines(
             study_set,
-            exports(job, ("exact", "N = 16")),
-            samples=plan.samples[job.set],
+            exports(job),
+            samples=samples,
             timed_samples=plan.timed,
             repeats=plan.repeats,
             steps=plan.full_steps,
@@ -151,48 +220,42 @@ def work(job: Job) -> None:
     else:
         from masks import measure_masks
 
-        students = exports(job, ("exact", "without supervision", "N = 16"))
         found["report"] = measure_masks(
-            students, count=4 * plan.samples[job.set], pixels=plan.pixels, teacher=study_set.teacher
+            exports(job), count=2 * samples, pixels=plan.pixels, teacher=study_set.teacher, device=job.device
         )
     found["seconds"] = time.perf_counter() - begun
-    write_text(job.folder / "result.json", json.dumps(found, indent=1))
+    write_text(job.folder / "result.json", to_json(found))
 
 
-def exports(job: Job, arms: tuple[str, ...]) -> dict[str, str]:
-    """The exports of arms that have been run, of the first seed that has one."""
-    found = {}
-    for arm in arms:
-        folders = sorted(Path(job.out, job.set).glob(f"{slug(arm)}-[0-9]*/run/export"))
-        if folders:
-            found[arm] = str(folders[0])
-    return found
+def exports(job: Job) -> dict[str, str]:
+    """The students, of the job's seed, that baselines or masks look at and that have been run."""
+    arms = ("exact", "N = 16") if job.kind == "baselines" else ("exact", "without supervision", "N = 16")
+    folders = {arm: Path(job.out, job.set, f"{slug(arm)}-{job.seed}", "run", "export") for arm in arms}
+    return {arm: str(folder) for arm, folder in folders.items() if folder.exists()}
 
 
-def train_and_judge(job: Job, study_set: Set) -> dict[str, Any]:
-    from judging import Judge, judge_run, judge_trained_on, scratch_start
+def train_and_judge(job: Job, judge: Any) -> dict[str, Any]:
+    from judging import judge_run, judge_trained_on, scratch_start
     from parts import leave_out
 
+    from upcycle.recipe import load_recipe
     from upcycle.training.run import finetune, prepare
 
     arm, folder, recipe_file = ARMS[job.arm], job.folder, job.folder / "recipe.yaml"
     write_text(recipe_file, yaml.safe_dump(job.recipe(), sort_keys=False))
-    plan = PLANS[job.plan]
-    judge = Judge(study_set, plan.samples[job.set], plan.held_out, Path(job.out, job.set), job.device)
     if arm.start == "teacher":
-        return {"rows": judge_trained_on(judge, recipe_file), "teacher": judge.judge_teacher()}
+        return {"rows": judge_trained_on(judge, recipe_file)}
     if arm.without:
         leave_out(arm.without)
     if arm.start == "scratch":
-        scratch_start(folder / "start", study_set.teacher, job.seed)
-    from upcycle.recipe import load_recipe
-
+        scratch_start(folder / "start", job.places.teacher, job.seed)
     if not (folder / "run" / "export").exists():
         resume = (folder / "run").exists()
         finetune(prepare(load_recipe(recipe_file), resume=resume), resume=resume)
     log = (folder / "run" / "log.csv").read_text().splitlines()
     names, first = (line.split(",") for line in log[:2])
-    return {"rows": judge_run(judge, recipe_file, arm.tail_drops), "first_losses": dict(zip(names, first, strict=True))}
+    rows = judge_run(judge, recipe_file, arm.tail_drops)
+    return {"rows": rows, "first_losses": dict(zip(names, first, strict=True))}
 
 
 def machine(device: str) -> str:
@@ -209,26 +272,21 @@ def prepare_sets(options: argparse.Namespace, names: list[str]) -> None:
     """What all arms of a set share, made once: shapes, at a larger scale their teacher, the teacher's own samples."""
     plan = PLANS[options.plan]
     for name in names:
-        folder = options.out / name
-        if plan.teacher and not (folder / "teacher").exists():
+        places = Places.of(options.plan, name, str(options.out))
+        if plan.teacher and not Path(places.teacher).exists():
             from teachers import make_teacher
 
-            make_teacher(
-                folder / "teacher",
-                **plan.teacher,
-                pixels=plan.pixels,
-                images=plan.images,
-                seed=0,
-                device=options.device,
-            )
-        if plan.teacher and not (folder / "classifier.safetensors").exists():
-            train_classifier(folder / "classifier.safetensors", pixels=plan.pixels, device=options.device)
-        study_set = open_set(name, options.plan, str(options.out))
-        made = folder / "teacher-made"
+            size = {"pixels": plan.pixels, "images": plan.images}
+            make_teacher(Path(places.teacher), **plan.teacher, **size, seed=0, device=options.device)
+        if plan.teacher and not places.classifier.exists():
+            train_classifier(places.classifier, pixels=plan.pixels, device=options.device)
+        if name == "shapes" and not Path(places.data, "shapes.safetensors").exists():
+            write_shards(Path(places.data), plan.images, TRAIN_SEED, plan.pixels)
         if any(ARMS[arm].teacher_made for arm in options.arms or arms_of(name, options.quick)):
             count = 100 if options.quick else 1500
-            command = ["synthesize", study_set.teacher, "-o", str(made), "--count", str(count), "--steps", "20"]
-            run([*command, "--guidance-scale", "1.5", "--batch-size", "50"], options.out / f"{name}-synthesize.txt")
+            command = ["synthesize", places.teacher, "-o", places.teacher_made, "--count", str(count), "--steps", "20"]
+            command += ["--guidance-scale", "1.5", "--batch-size", "50", "--device", options.device]
+            run(command, options.out / f"{name}-synthesize.txt")
 
 
 def run(arguments: list[str], log: Path) -> None:
@@ -241,111 +299,162 @@ def run(arguments: list[str], log: Path) -> None:
 
 
 def is_done(job: Job) -> bool:
-    """Whether its result is there, of the same settings; what was begun with others is removed."""
-    settings = job.folder / "settings.json"
-    if job.folder.exists() and (not settings.is_file() or json.loads(settings.read_text()) != as_json(job.settings)):
-        shutil.rmtree(job.folder)
-    return (job.folder / "result.json").is_file()
+    """Whether its result is there; baselines and masks of other students do not count.
+
+    Raises SystemExit where its folder is of other settings or inputs: nothing that took hours is removed unasked.
+    """
+    told = job.folder / "settings.json"
+    if not told.is_file():
+        return False
+    known, now = json.loads(told.read_text()), as_json({"settings": job.settings(), "inputs": job.inputs()})
+    if known != now and job.kind in ("teacher", "arm"):
+        raise SystemExit(f"{job.folder} was made with other settings or code; remove it, or choose another --out")
+    return known == now and (job.folder / "result.json").is_file()
 
 
 def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def start(job: Job) -> float:
-    """Do a job in a process of its own; seconds."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_text(job.folder / "settings.json", json.dumps(job.settings))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if job.device == "cpu" else dict(os.environ)
-    begun = time.perf_counter()
-    with (job.folder / "log.txt").open("a") as log:
-        command = [sys.executable, __file__, "--work", json.dumps(asdict(job))]
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log)
-    if done.returncode:
-        text = (job.folder / "log.txt").read_text()[-2000:]
-        raise RuntimeError(f"{job.folder} failed, the rest goes on:\n{text}")
-    return time.perf_counter() - begun
+class Jobs:
+    """Jobs, ``at_once`` of them at a time, each in a process of its own."""
+
+    def __init__(self, at_once: int):
+        self._pool = ThreadPoolExecutor(at_once)
+        self._running: dict[Job, subprocess.Popen[bytes]] = {}
+        self._stopped = False
+
+    def _do(self, job: Job) -> float:
+        """Seconds; raises RuntimeError."""
+        if self._stopped:
+            raise RuntimeError("stopped")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        content = {"settings": job.settings(), "inputs": job.inputs()}
+        write_text(job.folder / "settings.json", json.dumps(content))
+        (job.folder / "result.json").unlink(missing_ok=True)
+        environment = dict(os.environ)
+        if job.device == "cpu":
+            environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+        begun = time.perf_counter()
+        with (job.folder / "log.txt").open("a") as log:
+            command = [sys.executable, __file__, "--work", json.dumps(asdict(job))]
+            self._running[job] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            code = self._running[job].wait()
+        if code:
+            raise RuntimeError(f"{job.folder} failed:\n{(job.folder / 'log.txt').read_text()[-2000:]}")
+        return time.perf_counter() - begun
+
+    def do(self, jobs: list[Job], bar: Progress) -> bool:
+        """Do those that are not done; whether all succeeded. Interrupted, it stops those that run, which may go on."""
+        waiting = [job for job in jobs if not is_done(job)]
+        if not waiting:
+            return True
+        task, fine = bar.add_task(waiting[0].kind, total=len(waiting)), True
+        futures = {self._pool.submit(self._do, job): job for job in waiting}
+        try:
+            for future in as_completed(futures):
+                job, text = futures[future], ""
+                try:
+                    text = f"{future.result():.0f} s"
+                except RuntimeError as error:
+                    fine, text = False, f"{error}\nThe rest goes on."
+                print(f"{job.set}, {job.arm or job.kind}, seed {job.seed}: {text}", file=sys.stderr, flush=True)
+                bar.advance(task)
+        except KeyboardInterrupt:
+            self._stopped = True
+            for process in self._running.values():
+                process.terminate()
+            self._pool.shutdown(cancel_futures=True)
+            print("interrupted; the same command goes on", file=sys.stderr)
+            raise SystemExit(130) from None
+        return fine
 
 
-def do(jobs: list[Job], at_once: int, bar: Progress) -> bool:
-    """Do the jobs that are not done; whether all of them succeeded."""
-    waiting = [job for job in jobs if not is_done(job)]
-    if not waiting:
-        return True
-    task, fine = bar.add_task(waiting[0].kind, total=len(waiting)), True
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = {pool.submit(start, job): job for job in waiting}
-        for future in as_completed(futures):
-            job = futures[future]
-            try:
-                seconds = future.result()
-            except RuntimeError as error:
-                fine = False
-                print(error, file=sys.stderr, flush=True)
-            else:
-                print(
-                    f"{job.set}, {job.arm or job.kind}, seed {job.seed}: {seconds:.0f} s", file=sys.stderr, flush=True
-                )
-            bar.advance(task)
-    return fine
-
-
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, samples and arms: whether it runs, no figures")
     parser.add_argument("--scale", choices=["S", "B"], help="DiT-S or DiT-B on shapes of 64 x 64 pixels")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--sets", nargs="+", choices=["digits", "shapes"], help="default: both")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    parser.add_argument("--sets", nargs="+", choices=["digits", "shapes"], help="default: both; of --scale shapes")
     parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"some of: {'; '.join(ARMS)}")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of --quick and --scale 0")
     parser.add_argument("--jobs", type=int, help="at a time, one thread each; default 2, on a GPU 1")
-    parser.add_argument("--out", type=Path, help="default: runs/study, runs/study-quick, runs/study-S ...")
+    parser.add_argument("--out", type=Path, help="default: runs/study, runs/study-quick, runs/study-S-cuda ...")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and pictures of what has been run")
     parser.add_argument("--docs", action="store_true", help="write them into docs/ too")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.plan = "quick" if options.quick else options.scale or "tiny"
+    plan = PLANS[options.plan]
+    if options.quick and (options.scale or options.docs):
+        parser.error("--quick shows that it runs, on a CPU: leave out --scale and --docs, or --quick")
+    if options.scale and options.device == "cpu" and not (options.report or options.work):
+        parser.error("--scale takes days on a CPU: add --device cuda")
+    if options.device == "cuda" and not torch.cuda.is_available() and not (options.report or options.work):
+        parser.error("--device cuda: torch sees no GPU here")
+    if wrong := set(options.sets or ()) - set(plan.sets):
+        parser.error(f"--sets {min(wrong)} has no place in --scale {options.scale}; leave --sets out")
+    suffix = "" if options.plan == "tiny" else f"-{options.plan}"
+    suffix += "" if options.device == "cpu" else f"-{options.device}"
+    options.out = options.out or Path(f"runs/study{suffix}")
+    if options.report and not options.out.is_dir():
+        parser.error(f"--report: there is no {options.out}; run the study first, or give its --out")
+    options.seeds = options.seeds or ([0, 1, 2] if options.plan == "tiny" else [0])
+    options.arms = options.arms or (SCALE_ARMS if options.scale else None)
+    return options
+
+
+def main() -> None:
+    options = parse()
     if options.work:
         work(Job(**json.loads(options.work)))
         return
-    if options.quick and options.scale:
-        parser.error("--quick is of the study on a CPU: leave out --scale, or --quick")
-    options.plan = "quick" if options.quick else options.scale or "tiny"
-    suffix = "" if options.plan == "tiny" else f"-{options.plan}"
-    options.out = options.out or Path(f"runs/study{suffix}")
-    plan = PLANS[options.plan]
-    names = [name for name in options.sets or plan.sets if name in plan.sets]
-    seeds = options.seeds or ([0] if options.plan != "tiny" else [0, 1, 2])
-    at_once = options.jobs or (2 if options.device == "cpu" else 1)
     fine = True
     if not options.report:
-        options.arms = options.arms or (SCALE_ARMS if options.scale else None)
-        prepare_sets(options, names)
-
-        def job(kind: str, name: str, arm: str = "", seed: int = 0) -> Job:
-            return Job(kind, options.plan, name, str(options.out), options.device, arm, seed)
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), disable=not sys.stderr.isatty()) as bar:
-            by_set = [
-                [
-                    job("arm", name, arm, seed)
-                    for seed in seeds
-                    for arm in options.arms or arms_of(name, options.quick)
-                    if seed == seeds[0] or not ARMS[arm].once
-                ]
-                for name in names
-            ]
-            in_turn = [one for pair in itertools.zip_longest(*by_set) for one in pair if one]
-            fine = do(in_turn, at_once, bar)
-            fine &= do([job("masks", name) for name in names if name == "shapes"], 1, bar)
-            # Timed: nothing beside it.
-            fine &= do([job("baselines", name) for name in names], 1, bar)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        options.out.mkdir(parents=True, exist_ok=True)
+        lock = (options.out / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"another study is at work in {options.out}") from None
+        fine = run_all(options)
     from results import write
 
-    text = write(options.out, options.plan, docs=options.docs)
-    print(text)
+    print(write(options.out, options.plan, docs=options.docs))
     if not fine:
         raise SystemExit("some jobs failed; the same command tries them again")
+
+
+def run_all(options: argparse.Namespace) -> bool:
+    """Whether all jobs succeeded."""
+    names = options.sets or list(PLANS[options.plan].sets)
+    prepare_sets(options, names)
+
+    def job(kind: str, name: str, arm: str = "", seed: int = 0) -> Job:
+        return Job(kind, options.plan, name, str(options.out), options.device, arm, seed)
+
+    by_set = [
+        [
+            job("arm", name, arm, seed)
+            for seed in options.seeds
+            for arm in options.arms or arms_of(name, options.quick)
+            if seed == options.seeds[0] or not ARMS[arm].once
+        ]
+        for name in names
+    ]
+    in_turn = [one for pair in itertools.zip_longest(*by_set) for one in pair if one]
+    jobs, alone = Jobs(options.jobs or (2 if options.device == "cpu" else 1)), Jobs(1)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=not sys.stderr.isatty()) as bar:
+        fine = jobs.do([job("teacher", name) for name in names], bar)
+        fine &= jobs.do(in_turn, bar)
+        seed = options.seeds[0]
+        looked_at = [job("masks", "shapes", seed=seed)] if "shapes" in names else []
+        fine &= alone.do([one for one in looked_at if exports(one)], bar)
+        # Timed: nothing beside it.
+        fine &= alone.do([job("baselines", name, seed=seed) for name in names], bar)
+    return fine
 
 
 if __name__ == "__main__":

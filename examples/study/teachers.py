@@ -79,6 +79,7 @@ def train(
     lr: float,
     seed: int,
     state: Path | None = None,
+    warmup: int = 200,
     ema: float = EMA,
     every: int = 500,
     clock: Callable[[int, float], None] = lambda step, loss: None,
@@ -87,7 +88,7 @@ def train(
 
     The loss is the noise MSE, weighted so that noisy steps count too, and the bound that trains sigma; AdamW, a cosine
     to 0. ``images`` [n, C, H, W] and ``labels`` [n] on the CPU. Every ``every`` steps ``clock`` gets step and noise
-    MSE, and what the run has come to is kept in the file ``state``, which it goes on from; at the end that is removed.
+    MSE, and what the run has come to is kept in the file ``state``; it goes on from one of the same settings.
     """
     device = next(model.parameters()).device
     embedder = model.transformer_blocks[0].norm1.emb
@@ -101,9 +102,9 @@ def train(
     bound = VariationalBound(betas.to(device))
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=device.type == "cuda")
-    done = 0
-    if state and state.exists():
-        saved = torch.load(state, map_location=device, weights_only=True)
+    done, settings = 0, [steps, batch_size, lr, seed, warmup, ema, len(images)]
+    saved = torch.load(state, map_location=device, weights_only=True) if state and state.exists() else {}
+    if saved.get("settings") == settings:
         model.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["averaged"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -121,7 +122,7 @@ def train(
         signal = alpha_bar[t][:, None, None, None]
         x_t = signal.sqrt() * x0 + (1 - signal).sqrt() * noise
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = model(x_t, timestep=t, class_labels=y).sample.float()
         error = (output[:, : x0.shape[1]] - noise).square().flatten(1).mean(1)
@@ -140,17 +141,15 @@ def train(
             parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
             content = {name: part.state_dict() for name, part in parts.items()}
             partial = state.with_suffix(".partial")
-            torch.save({**content, "step": step + 1}, partial)
+            torch.save({**content, "step": step + 1, "settings": settings}, partial)
             partial.replace(state)
     stock = DiTTransformer2DModel.from_config(model.config)
     stock.load_state_dict(averaged.state_dict())
-    if state:
-        state.unlink(missing_ok=True)
     return stock.eval().requires_grad_(False)
 
 
-def save_pipeline(transformer: DiTTransformer2DModel, folder: Path, names: tuple[str, ...]) -> None:
-    """The pipeline in diffusers' layout: identity VAE and DDIM, as the digits teacher has them."""
+def save_pipeline(transformer: DiTTransformer2DModel, folder: Path, names: tuple[str, ...], told: str) -> None:
+    """The pipeline in diffusers' layout: identity VAE and DDIM, as the digits teacher has them; and TRAINING.md."""
     scheduler = DDIMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, **BETAS)
     vae = IdentityVAE(in_channels=transformer.config.in_channels)
     pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler)
@@ -158,6 +157,7 @@ def save_pipeline(transformer: DiTTransformer2DModel, folder: Path, names: tuple
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial)
+    (partial / "TRAINING.md").write_text(told)
     partial.rename(folder)
 
 
@@ -190,19 +190,22 @@ def make_teacher(
         print(text, file=sys.stderr, flush=True)
 
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    stock = train(model, shapes.images, shapes.labels, **settings, state=out.with_suffix(".state"), clock=clock)
-    held_out = make_shapes(500, 1, pixels)
+    state = out.with_suffix(".state")
+    stock = train(model, shapes.images, shapes.labels, **settings, state=state, clock=clock)
+    held_out = make_shapes(200, 1, pixels)
     alpha_bar = (1 - torch.linspace(*BETAS.values(), 1000, dtype=torch.float64)).cumprod(0).float()
-    loss = validate(stock, held_out.images, held_out.labels, alpha_bar).mean_loss
+    loss = validate(stock.to(device), held_out.images, held_out.labels, alpha_bar).mean_loss
     minutes = (time.perf_counter() - begun) / 60
-    save_pipeline(stock, out, CLASSES)
     settings |= {"size": size, "pixels": pixels, "images": images}
-    (out / "TRAINING.md").write_text(
-        f"# How this teacher was trained\n\n- `python {shlex.join(sys.argv)}`\n- {json.dumps(settings)}\n"
+    before = (init / "TRAINING.md").read_text().partition("\n\n")[2] if init else ""
+    told = (
+        f"# How this teacher was trained\n\n{before}- `python {shlex.join(sys.argv)}`\n- {json.dumps(settings)}\n"
         f"- {minutes:.1f} min (since the last interruption, if any), {torch.get_num_threads()} thread(s), {device}\n"
         f"- Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}\n"
-        f"- noise MSE of the averaged weights, 500 held-out images, ten timesteps: {loss:.5f}\n"
+        f"- noise MSE of the averaged weights, 200 held-out images, ten timesteps: {loss:.5f}\n"
     )
+    save_pipeline(stock.cpu(), out, CLASSES, told)
+    state.unlink(missing_ok=True)
     return {"val_loss": loss, "minutes": minutes}
 
 
