@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ COMMANDS = {
 NEAR = 1.02  # of the teacher's held-out noise MSE: its quality, as the study means it
 PAPER_FASTER, OUR_TARGET = 8, 32
 Rows = list[dict[str, Any]]
+SettingsOf = Callable[[str, str, str, int], dict[str, Any]]
 
 
 def collect(out: Path, plan: str) -> dict[str, Any]:
@@ -70,25 +72,51 @@ def _rounded(value: Any) -> Any:
     return [_rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
-def write(out: Path, plan: str, *, docs: bool) -> str:
+def write(out: Path, plan: str, *, docs: bool, settings_of: SettingsOf) -> str:
     """Write results.json, results.md and the pictures into ``out``, and into docs/ if told to; returns the text.
 
-    docs/results.json keeps one study of every scale.
+    docs/results.json keeps one study of every scale, and what an earlier session has run with the settings that
+    ``settings_of`` a kind, set, arm and seed has now.
     """
     study = collect(out, plan)
-    folders = [out]
+    text = _write(out, {plan: study}, study)
     if docs:
-        folders.append(DOCS)
-    for folder in folders:
-        known = folder / "results.json"
-        studies = json.loads(known.read_text()) if folder == DOCS and known.exists() else {}
-        studies = {name: {**studies, plan: study}[name] for name in COMMANDS if name in {**studies, plan: study}}
-        write_text(known, json.dumps(studies, indent=None, separators=(",", ":")) + "\n")
-        text = render(studies)
-        write_text(folder / "results.md", text)
-        (folder / "images").mkdir(exist_ok=True)
-        pictures(study, folder / "images")
+        known = json.loads((DOCS / "results.json").read_text()) if (DOCS / "results.json").exists() else {}
+        study = _with_earlier(study, known.get(plan), settings_of)
+        known[plan] = study
+        text = _write(DOCS, {name: known[name] for name in COMMANDS if name in known}, study)
     return text
+
+
+def _write(folder: Path, studies: dict[str, Any], study: dict[str, Any]) -> str:
+    write_text(folder / "results.json", json.dumps(studies, separators=(",", ":")) + "\n")
+    text = render(studies)
+    write_text(folder / "results.md", text)
+    (folder / "images").mkdir(exist_ok=True)
+    pictures(study, folder / "images")
+    return text
+
+
+def _with_earlier(study: dict[str, Any], earlier: dict[str, Any] | None, settings_of: SettingsOf) -> dict[str, Any]:
+    if earlier is None:
+        return study
+    sets = json.loads(json.dumps(study["sets"]))
+    hours = study["hours"]
+    for name, old in earlier["sets"].items():
+        new = sets.setdefault(name, {"arms": {}})
+        for kind in ("teacher", "baselines", "masks"):
+            if kind in old and kind not in new and old[kind]["settings"] == settings_of(kind, name, "", 0):
+                new[kind] = old[kind]
+        for arm, runs in old["arms"].items():
+            for seed, run in runs.items():
+                mine = new["arms"].setdefault(arm, {}) if arm in ARMS else {seed: None}
+                if seed not in mine and run["settings"] == settings_of("arm", name, arm, int(seed)):
+                    mine[seed] = run
+                    hours += run["seconds"] / 3600
+        new["arms"] = {arm: dict(sorted(new["arms"][arm].items())) for arm in ARMS if new["arms"].get(arm)}
+    sets = {name: sets[name] for name in sorted(sets) if sets[name]["arms"] and "teacher" in sets[name]}
+    machines = sorted({*study["machine"], *earlier["machine"]})
+    return {**study, "machine": machines, "hours": float(f"{hours:.5g}"), "sets": sets}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -421,7 +421,10 @@ def main() -> None:
         fine = run_all(options)
     from results import write
 
-    print(write(options.out, options.plan, docs=options.docs))
+    def settings_of(kind: str, name: str, arm: str, seed: int) -> dict[str, Any]:
+        return as_json(Job(kind, options.plan, name, str(options.out), options.device, arm, seed).settings())
+
+    print(write(options.out, options.plan, docs=options.docs, settings_of=settings_of))
     if not fine:
         raise SystemExit("some jobs failed; the same command tries them again")
 
