@@ -69,8 +69,8 @@ PLANS = {
                  {"digits": 100, "shapes": 50}, held_out=60, full_steps=50, timed=6, repeats=3),
     "S": Plan(("shapes",), {"shapes": 400}, {"shapes": 64}, {"shapes": 100}, held_out=100, full_steps=50, timed=32,
               repeats=3, pixels=64, teacher={"size": "S", "steps": 2000, "batch_size": 64, "lr": 4e-4}),
-    "B": Plan(("shapes",), {"shapes": 200}, {"shapes": 64}, {"shapes": 100}, held_out=100, full_steps=50, timed=32,
-              repeats=3, pixels=64, teacher={"size": "B", "steps": 1500, "batch_size": 64, "lr": 3e-4}),
+    "B": Plan(("shapes",), {"shapes": 120}, {"shapes": 64}, {"shapes": 50}, held_out=100, full_steps=50, timed=16,
+              repeats=3, pixels=64, teacher={"size": "B", "steps": 1000, "batch_size": 64, "lr": 3e-4}),
 }  # fmt: skip
 SCALE_ARMS = ["exact", "published, distilled", "from scratch", "N = 16", "grid boundaries", "random boundaries"]
 JUDGED_BY = {  # the code that results of a kind are of, beside recipes
