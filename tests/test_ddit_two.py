@@ -1,6 +1,7 @@
 """DDiT on Wan 2.2: two transformers, of which the second takes over at low noise. Tiny weights, the real commands."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -165,6 +166,56 @@ def test_adapters_may_be_put_on_one_after_the_other(made):
     ddit.attach(other.transformer_2, config)
     with pytest.raises(ValueError, match="have other patches"):
         ddit.follow(other.transformer_2, other)
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_pipeline_as_it_was(made):
+    (first, tensors), (second, others) = ddit.load_adapters(made / "alone")
+    pipe = pipeline(made / "wan")
+    name = min(others)
+    for second_adapter, says in (
+        ((second, {**others, name: others[name][:1]}), "does not fit the model"),
+        ((dataclasses.replace(second, patches=[2]), None), "have other patches"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            ddit.put_on(pipe, [(first, tensors), second_adapter])
+        assert ddit.switching(pipe) == []
+        assert not any(".coarse." in name for name in pipe.transformer.state_dict())
+    ddit.put_on(pipe, [(first, tensors)])
+    with pytest.raises(ValueError, match="have other patches"):
+        ddit.put_on(pipe, [(dataclasses.replace(second, patches=[2]), None)])
+    assert ddit.switching(pipe) == [pipe.transformer]
+    ddit.put_on(pipe, [(second, others)])
+    assert ddit.switching(pipe) == [pipe.transformer, pipe.transformer_2]
+    same = pipeline(made / "wan")
+    same.register_modules(transformer_2=same.transformer)
+    with pytest.raises(ValueError, match="are one model"):
+        ddit.apply(same, made / "alone")
+
+
+def test_two_thresholds_are_refused(made, tmp_path, failing):
+    shutil.copytree(made / "wan-ddit", tmp_path / "x")
+    for place, threshold in (("ddit", 0.25), ("ddit_2", 0.5)):
+        path = tmp_path / "x" / place / "ddit.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "threshold": threshold}))
+    says = "have threshold 0.25 and 0.5; give one threshold for both"
+    with pytest.raises(ValueError, match=says):
+        ddit.apply(pipeline(made / "wan"), tmp_path / "x")
+    pipe = pipeline(made / "wan")
+    ddit.apply(pipe, tmp_path / "x/ddit")
+    with pytest.raises(ValueError, match=says):
+        ddit.apply(pipe, tmp_path / "x/ddit_2")
+    for given in ({"threshold": 0.3}, {"fixed": [(2, 0.5), (1, 0.5)]}):
+        pipe = pipeline(made / "wan")
+        schedule = ddit.apply(pipe, tmp_path / "x", **given).schedule
+        assert schedule is pipe.transformer_2.schedule
+        assert {name: getattr(schedule, name) for name in given} == given
+    given = (*WORDS, "--steps", 4, *SIDES, "-o", tmp_path / "s")
+    assert says in failing("sample", tmp_path / "x", *given)
+    inside("sample", tmp_path / "x", *given, "--schedule", "2:0.5,1:0.5")
+    inside("sample", tmp_path / "x", *given, "--threshold", 0.3, "--force")
+    given = ("--steps", 12, "--cost", "tokens", *WORDS, *SIDES)
+    inside("calibrate", tmp_path / "x", "--speed-up", 1.4, *given)
+    ddit.apply(pipeline(made / "wan"), tmp_path / "x")
 
 
 def test_the_commands_know_both(made, tmp_path):

@@ -176,7 +176,8 @@ def _of_prompts(
     if not prompts:
         raise UpcycleError(f"{found.spec} draws from text; give it with --prompt TEXT")
     wish = text.settings(found, **options)
-    pipe = text.load_text_pipeline(found, torch_dtype(dtype) if dtype else text.default_dtype(device))
+    arithmetic = torch_dtype(dtype) if dtype else text.default_dtype(device)
+    pipe = text.load_text_pipeline(found, arithmetic, threshold=None)  # two adapters may have two until now
     text.check_sides(pipe, wish)
     to_device(pipe, device)
     seeds = [seed + i for i in range(len(prompts))]

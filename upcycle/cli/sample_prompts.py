@@ -44,7 +44,9 @@ def sample_prompts(
         if not prompts:
             raise UpcycleError(f"{found.spec} draws from text; give it with --prompt TEXT")
         wish = text.settings(found, steps, guidance_scale, height, width, num_frames)
-        pipe = text.load_text_pipeline(found, torch_dtype(dtype) if dtype else text.default_dtype(device))
+        chosen = coarser["threshold"] is not None or coarser["schedule"] is not None
+        given = {"threshold": coarser["threshold"]} if chosen else {}  # adapters may differ in what is not used
+        pipe = text.load_text_pipeline(found, torch_dtype(dtype) if dtype else text.default_dtype(device), **given)
         text.check_sides(pipe, wish)
         with_adapter = ddit.switching(pipe)
         model = with_adapter[0] if with_adapter else pipe.transformer  # two share a schedule

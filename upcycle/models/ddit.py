@@ -1191,6 +1191,12 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
     Raises:
         ValueError: another kind of model, tensors that do not fit, or an adapter that is there already.
     """
+    _attaching(model, config, tensors)()
+    return model
+
+
+def _attaching(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | None) -> Callable[[], None]:
+    """What `attach` does, up to the first change of the model; what is returned makes the changes."""
     if isinstance(model, PatchSwitching):
         raise ValueError("the model has an adapter already; load the base model anew")
     cls = BACKBONES[config.base_class]
@@ -1229,18 +1235,21 @@ def attach(model: Any, config: DDiTConfig, tensors: dict[str, torch.Tensor] | No
         ready.append((layer, kind, coarse))
     if left:
         raise ValueError(f"the adapter does not fit the model: it has {min(left)}, which the model has no place for")
-    for layer, kind, coarse in ready:
-        _switch(layer, kind, switch)
-        layer.coarse = coarse
-    for patched in (layers.embed, layers.head):
-        layer = _layer(model, patched.name)
-        layer.axes, layer.sizes = patched.axes, patched.sizes
-    if layers.positions:
-        _switch(_layer(model, layers.positions[0]), layers.positions[1], switch)
-    model.__class__ = cls
-    model.switch, model.ddit, model.noise, model._projectors = switch, config, Noise(config), {}
-    model.schedule = PatchSchedule(model.noise, config.patches, **config.schedule)
-    return model
+
+    def change() -> None:
+        for layer, kind, coarse in ready:
+            _switch(layer, kind, switch)
+            layer.coarse = coarse
+        for patched in (layers.embed, layers.head):
+            layer = _layer(model, patched.name)
+            layer.axes, layer.sizes = patched.axes, patched.sizes
+        if layers.positions:
+            _switch(_layer(model, layers.positions[0]), layers.positions[1], switch)
+        model.__class__ = cls
+        model.switch, model.ddit, model.noise, model._projectors = switch, config, Noise(config), {}
+        model.schedule = PatchSchedule(model.noise, config.patches, **config.schedule)
+
+    return change
 
 
 def _check_unhooked(module: Any) -> None:
@@ -1324,19 +1333,19 @@ def _load_adapter(path: Path) -> tuple[DDiTConfig, dict[str, torch.Tensor]]:
 
 def apply(pipeline: Any, folder: str | Path, *, revision: str | None = None, **schedule: Any) -> Any:
     """Put the adapters of a folder on a stock pipeline (or the only one on a transformer), in place; returns the
-    transformer, of two the first (`switching` has both).
+    transformer, of two the first (`switching` has both). Where one does not fit, the pipeline stays as it was.
 
-    Two transformers share one schedule, with the settings of the first adapter: its history goes on when the pipeline
-    turns to the other, and a fixed schedule counts the steps of the whole run.
+    Two transformers share one schedule: its history goes on when the pipeline turns to the other, and a fixed schedule
+    counts the steps of the whole run.
 
     Args:
         folder: the adapter's, or an id on the Hub.
         revision: branch, tag or commit of an id.
         schedule: ``threshold``, ``fixed``, ``percentile``, ``order`` or ``policy`` (`PatchSchedule.set`) other than the
-            adapter's own.
+            adapter's own; needed where the adapters of two transformers differ in it.
 
     Raises:
-        ValueError: no adapter there, or one of another model.
+        ValueError: no adapter there, one of another model, or two that cannot share a schedule.
     """
     if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         from huggingface_hub import snapshot_download
@@ -1359,18 +1368,33 @@ def put_on(pipeline: Any, adapters: list[tuple[DDiTConfig, dict[str, torch.Tenso
         model = pipeline if alone else getattr(pipeline, config.component, None)
         if model is None:
             raise ValueError(f"the pipeline has no {config.component}, for which the adapter is")
-        PatchSchedule(Noise(config), config.patches, **config.schedule | schedule)  # raises before anything is changed
+        PatchSchedule(Noise(config), config.patches, **config.schedule | schedule)  # raises where one is wrong
         models.append(model)
-    if len({tuple(config.patches) for config, _ in adapters}) > 1:
-        raise ValueError("the adapters of the two transformers have other patches; make them with the same")
+    if len(set(models)) < len(models):
+        raise ValueError(f"{' and '.join(COMPONENTS)} of the pipeline are one model, which takes one adapter")
+    changes = [_attaching(model, *adapter) for model, adapter in zip(models, adapters, strict=True)]
     beside = [] if alone else switching(pipeline)
-    for model, (config, tensors) in zip(models, adapters, strict=True):
-        attach(model, config, tensors)
+    _check_shared([model.ddit for model in beside] + [config for config, _ in adapters], schedule)
+    for model, change in zip(models, changes, strict=True):  # nothing was changed before, and nothing fails from here
+        change()
         if not alone:
             follow(model, pipeline)
     if schedule or not beside:
         models[0].set_schedule(**schedule)
     return models[0]
+
+
+def _check_shared(configs: list[DDiTConfig], schedule: dict[str, Any]) -> None:
+    """Raise ValueError where adapters cannot share a schedule with these changes."""
+    first, *others = configs
+    for other in others:
+        if other.patches != first.patches:
+            raise ValueError("the adapters of the two transformers have other patches; make them with the same")
+        differ = [name for name, value in first.schedule.items() if other.schedule[name] != value]
+        if not schedule.get("fixed") and (left := [name for name in differ if name not in schedule]):
+            values = f"{first.schedule[left[0]]} and {other.schedule[left[0]]}"
+            raise ValueError(f"the adapters of the two transformers share a schedule, and have {left[0]} {values}; "
+                             f"give one {left[0]} for both")  # fmt: skip
 
 
 def switching(pipeline: Any) -> list[Any]:

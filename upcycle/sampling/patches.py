@@ -23,10 +23,10 @@ CLOSE = 0.02
 """A calibration ends within this share of the wanted speed-up."""
 
 
-def put_on(pipeline: Any, folder: Path, name: str) -> Any:
+def put_on(pipeline: Any, folder: Path, name: str, **schedule: Any) -> Any:
     """`ddit.put_on` the adapters in ``folder``; raises `UpcycleError` where one does not fit."""
     try:
-        return ddit.put_on(pipeline, load(folder, name))
+        return ddit.put_on(pipeline, load(folder, name), **schedule)
     except ValueError as error:
         raise UpcycleError(f"{name}: {error}") from error
 

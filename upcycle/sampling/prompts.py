@@ -132,11 +132,13 @@ class _hub:
             raise line from error
 
 
-def load_text_pipeline(found: Found, dtype: torch.dtype, *, adapter: bool = True) -> Any:
+def load_text_pipeline(found: Found, dtype: torch.dtype, *, adapter: bool = True, **schedule: Any) -> Any:
     """The stock pipeline in ``dtype``, on the CPU, with its adapters on (`ddit.switching`) unless not wanted.
 
+    ``schedule``: as of `ddit.apply`.
+
     Raises:
-        UpcycleError: transformers is missing, or a component does not load.
+        UpcycleError: transformers is missing, a component does not load, or an adapter does not fit.
     """
     if importlib.util.find_spec("transformers") is None:
         raise UpcycleError(f"{found.spec} reads text, which needs the package transformers; pip install transformers")
@@ -153,7 +155,7 @@ def load_text_pipeline(found: Found, dtype: torch.dtype, *, adapter: bool = True
         raise UpcycleError(f"{found.pipeline} does not load: {' '.join(str(error).split())[:300]}") from error
     pipe.set_progress_bar_config(disable=True)
     if adapter and found.adapter:
-        put_on(pipe, found.adapter, found.spec)
+        put_on(pipe, found.adapter, found.spec, **schedule)
     return pipe
 
 
