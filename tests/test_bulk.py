@@ -15,7 +15,7 @@ from conftest import inside
 from PIL import Image
 from processes import Process
 
-from upcycle.sampling.bulk import begin, draw_samples, label_and_seed, read_record
+from upcycle.sampling.bulk import SUMS, begin, draw_samples, label_and_seed, read_record
 from upcycle.sampling.pipeline import load_pipeline
 from upcycle.sampling.sampler import Sampling, decode, sample
 from upcycle.training.digits import TEACHER
@@ -79,6 +79,8 @@ def test_killed_and_gone_on_with(whole, tmp_path):
 def test_other_settings_are_refused(whole, failing, tmp_path):
     changed = [*GIVEN, "--hold", 2]
     assert "another hold (None, and now 2)" in failing("sample", "digits", *changed, "-o", whole)
+    fewer = ["--balanced", "-n", 5, *GIVEN[3:], "-o"]
+    assert f"{whole} is of -n 12, and now 5; give 12 or more" in failing("sample", "digits", *fewer, whole)
     (tmp_path / "mine.txt").write_text("keep me")
     assert "is not empty" in failing("sample", "digits", *GIVEN, "-o", tmp_path)
     assert len(pictures(whole)) == 12
@@ -90,7 +92,7 @@ def test_a_late_rank_draws_its_share_and_no_other(tmp_path):
     how = {"steps": 1, "guidance_scale": 1.0, "guidance_channels": None, "seed": 0, "dtype": "fp32", "sampler": "",
            "tail_drop": 0, "uncond_tail_drop": None, "tokens": None, "guidance_interval": None, "hold": None,
            "model": "digits", "model_sha256": ""}  # fmt: skip
-    begin(tmp_path / "a", how)
+    begin(tmp_path / "a", how, 7)
     for rank in (0, 2, 1):
         before = pictures(tmp_path / "a").keys()
         draw_samples(pipe, tmp_path / "a", how, 7, 2, process=(rank, 3))
@@ -107,6 +109,24 @@ def test_force_deletes_samples_and_nothing_else(tmp_path, failing):
     (tmp_path / "x/thesis.txt").unlink()
     inside("sample", "digits", *out, "--steps", 2, "--force")
     assert len(pictures(tmp_path / "x")) == 2
+
+
+def test_samples_that_are_not_all_there_are_not_evaluated(whole, tmp_path, failing):
+    folder, drawn = tmp_path / "begun", tmp_path / "e.json"
+    shutil.copytree(whole, folder)
+    given = ("--features", "digits", "-o", drawn)
+    inside("evaluate", folder, "--reference", "digits-val", *given)
+    for name in ("000003.png", "000011.png"):
+        (folder / name).unlink()
+    for judged, reference in ((folder, "digits-val"), (whole, folder)):
+        line = failing("evaluate", judged, "--reference", reference, *given)
+        assert f"{folder} holds 10 of 12 samples" in line
+        assert f"upcycle sample digits --balanced -n 12 -o {folder}" in line
+    inside("sample", "digits", *GIVEN, "-o", folder)
+    inside("evaluate", folder, "--reference", "digits-val", *given)
+    # More of the same: there are to be as many from now on.
+    begin(folder, {name: value for name, value in read_record(folder).items() if name not in ("num", *SUMS)}, 14)
+    assert "12 of 14" in failing("evaluate", folder, "--reference", "digits-val", *given)
 
 
 def test_several_processes_for_one_grid_are_refused(failing, tmp_path, monkeypatch):

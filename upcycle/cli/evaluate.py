@@ -111,11 +111,14 @@ def evaluate(
         from upcycle.evaluation.images import open_set
         from upcycle.evaluation.sweep import matched_steps, parse_sweep
         from upcycle.output import check_output_file
+        from upcycle.sampling.bulk import check_finished
 
         drops = parse_sweep(sweep) if sweep is not None else []
         check_output_file(out, force=True)
         others = rows.read_rows(compare_with or out)
         extractor = to_device(load_extractor(features, inception_weights), device)
+    for folder in (judged, reference):
+        check_finished(Path(folder))
     is_model = _is_model(judged)
     if not is_model and (sweep is not None or revision is not None):
         option = "--sweep" if sweep is not None else "--revision"

@@ -50,7 +50,10 @@ def sample_bulk(
             shutil.rmtree(folder.resolve())
         elif folder.exists() and not folder.is_dir():
             raise UpcycleError(f"{folder} is a file; choose another folder with -o")
-        begin(folder, how)
+        asked = (read_record(folder) or {}).get("num") or 0
+        if num < asked and not packed:  # a file holds as many as are asked for
+            raise UpcycleError(f"{folder} is of -n {asked}, and now {num}; give {asked} or more, or another folder")
+        begin(folder, how, num)
     state.wait_for_everyone()
     bar = progress("images")
     bar.disable = not state.is_main_process

@@ -31,7 +31,7 @@ HOW = (
     "classes", "seed", "dtype",
 )  # fmt: skip
 """What a record says about how samples were drawn, None where nothing was asked for; ``model`` and ``model_sha256`` say
-of what."""
+of what, and ``num`` how many there are to be."""
 SUMS = ("drawn", "seconds", "flops", "kept", "calls")
 
 
@@ -72,8 +72,26 @@ def budget_of(model: Any) -> dict[str, float | str | None]:
     return {name: x if x is None or isinstance(x, int | float) else told(x) for name, x in values.items()}
 
 
-def begin(folder: Path, how: dict[str, Any]) -> None:
-    """Make the folder of samples and its record, or check that what it holds was drawn in the same way.
+def check_finished(folder: Path) -> None:
+    """Raise `UpcycleError` where samples were begun in a folder and are not all there."""
+    record = read_record(folder)
+    num = (record or {}).get("num") or 0
+    missing = sum(not (folder / name).exists() for name in names_of(num))
+    if record and missing:
+        command = "the evaluation that began it"
+        if record["classes"] is not None:  # an evaluation draws all of them
+            command = f"upcycle sample {record['model']} --balanced -n {num} -o {folder} and its options as before"
+        raise UpcycleError(f"{folder} holds {num - missing} of {num} samples; go on with {command}")
+
+
+def names_of(num: int) -> list[str]:
+    """The files of the first ``num`` samples."""
+    return [f"{index:06d}.png" for index in range(num)]
+
+
+def begin(folder: Path, how: dict[str, Any], num: int) -> None:
+    """Make the folder of ``num`` samples and its record, or check that what it holds was drawn in the same way; where
+    there were to be fewer, there are to be ``num`` now.
 
     Raises:
         UpcycleError: it was not, or it holds something else.
@@ -83,7 +101,7 @@ def begin(folder: Path, how: dict[str, Any]) -> None:
         if folder.is_dir() and any(folder.iterdir()):
             raise UpcycleError(f"{folder} is not empty and holds no samples to go on with; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, to_json(how))
+        write_text(folder / RECORD, to_json({**how, "num": num}))
         return
     plain = json.loads(to_json(how))
     if differ := [name for name in plain if record.get(name) != plain[name] and name != "model"]:
@@ -91,6 +109,8 @@ def begin(folder: Path, how: dict[str, Any]) -> None:
             f"{folder} holds samples with another {differ[0]} ({record.get(differ[0])}, and now {plain[differ[0]]}); "
             "delete it, or choose another folder"
         )
+    if num > (record.get("num") or 0):
+        write_text(folder / RECORD, to_json({**how, "model": record["model"], "num": num}))
 
 
 def settings_of(how: dict[str, Any]) -> Sampling:
@@ -132,11 +152,11 @@ def draw_samples(
     """
     rank, ranks = process
     if rank == 0:
-        begin(folder, how)
+        begin(folder, how, num)
     settings = settings_of(how)
     classes = range(class_count(pipe)) if classes is None else classes
     there = set(os.listdir(folder))
-    names = [f"{index:06d}.png" for index in range(num)]
+    names = names_of(num)
     on_images(sum(name in there for name in names))
     todo = [index for index in range(rank, num, ranks) if names[index] not in there]
     amp = torch.bfloat16 if how["dtype"] == "bf16" else torch.float16
