@@ -8,6 +8,7 @@ import torch
 from conftest import inside
 from PIL import Image
 
+from upcycle.cli.sampler import parse_hold
 from upcycle.evaluation import compare as measuring
 from upcycle.evaluation.flops import chunked_dit_flops, dit_flops
 from upcycle.models import ddit
@@ -108,7 +109,10 @@ def test_what_cannot_be_compared(pipeline_dir, export_dir, tmp_path, failing):
     assert "leave it out" in failing(
         "compare", pipeline_dir, pipeline_dir, "--tail-drop", "0.3", "-o", tmp_path / "no"
     )  # fmt: skip
-    assert "--hold two" in failing("compare", pipeline_dir, "--hold", "two", "-o", tmp_path / "no")
-    assert "--hold 1" in failing("compare", pipeline_dir, "--hold", "1", "-o", tmp_path / "no")
+    for hold in ("two", "1", "2.5", "1.5", "0", "-2", "nan", "inf"):
+        line = failing("compare", pipeline_dir, f"--hold={hold}", "-o", tmp_path / "no")
+        assert f"--hold {hold} is neither a whole number of steps from 2 up, such as 2, nor a limit below 1" in line
+    assert [parse_hold(text) for text in ("2", "3.0", "0.05", ".9")] == [2, 3, 0.05, 0.9]
+    assert isinstance(parse_hold("3.0"), int)
     assert "--tail-drop 1" in failing("compare", export_dir, "--tail-drop", "1", "-o", tmp_path / "no")
     assert not (tmp_path / "no").exists()

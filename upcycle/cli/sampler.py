@@ -28,12 +28,14 @@ def parse_hold(text: str | None) -> int | float | None:
     if text is None:
         return None
     try:
-        held: int | float = int(text) if text.strip().isdecimal() else float(text)
+        held = float(text)
     except ValueError:
         held = 0
-    if not (held >= 2 if isinstance(held, int) else 0 < held < float("inf")):
-        raise UpcycleError(f"--hold {text} is neither a number of steps from 2 up nor a limit such as 0.05")
-    return held
+    if not (0 < held < 1 or (held >= 2 and held.is_integer())):
+        raise UpcycleError(
+            f"--hold {text} is neither a whole number of steps from 2 up, such as 2, nor a limit below 1, such as 0.05"
+        )
+    return held if held < 1 else int(held)
 
 
 def made_hold(held: int | float | None) -> Any:
