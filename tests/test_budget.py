@@ -235,6 +235,7 @@ def test_calibrate(calibrated, export_dir, failing, pipeline_dir):
     assert provenance.read(calibrated)["files"][file]["sha256"] == provenance.digest(calibrated / file)
     assert "leave out --speed-up" in failing("calibrate", calibrated, "--speed-up", "2")
     assert "no student" in failing("calibrate", pipeline_dir)
+    assert "nothing to calibrate; give the folder of a student or an adapter" in failing("calibrate", "digits")
 
 
 def test_the_cost_that_was_asked_for(calibrated, tmp_path, failing):

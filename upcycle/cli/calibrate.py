@@ -67,6 +67,11 @@ def calibrate(
         raise UpcycleError(f"--steps {steps} must be from 1 to 1000, the training's timesteps")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
+    if model == "digits":
+        raise UpcycleError(
+            "digits is the shipped teacher, which has nothing to calibrate; give the folder of a student or an adapter "
+            "that convert or finetune made"
+        )
     if not os.path.isdir(model):
         raise UpcycleError(f"{model}: no such folder; give one that convert or finetune made")
 
