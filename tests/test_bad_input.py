@@ -439,6 +439,11 @@ def test_sample(export_dir, pipeline_dir, failing, tmp_path):
     assert "no pipeline" in failing("sample", export_dir / "transformer", *out)
     for scale in ("nan", "inf"):
         assert "--guidance-scale" in failing("sample", export_dir, "--guidance-scale", scale, *out)
+    for option in (("--guidance-interval", "200:700"), ("--guidance-channels", "3")):
+        line = failing("sample", export_dir, "--guidance-scale", "1", *option, *out)
+        assert f"--guidance-scale 1 is no guidance, and {option[0]} changes it" in line
+    line = failing("evaluate", export_dir, "--reference", "digits", "--guidance-scale", "1", *option)
+    assert "and --guidance-channels changes it" in line
     assert "--device meta" in failing("sample", export_dir, "--device", "meta", *out)
     assert "--seed" in failing("sample", export_dir, "--seed", 2**70, *out)
     assert "--revision" in failing("sample", export_dir, "--revision", "main", *out)

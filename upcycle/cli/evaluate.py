@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from upcycle.cli.device import Dtype
+from upcycle.cli.sampler import check_guidance
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -92,6 +93,7 @@ def evaluate(
         raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 1 is none")
+    check_guidance(guidance_scale, guidance_channels=guidance_channels)
     if teacher is not None and sweep is None:
         raise UpcycleError("--teacher is what a --sweep is drawn beside; give that too, or evaluate the teacher itself")
     if sweep is not None and (tail_drop is not None or compare_with is not None):

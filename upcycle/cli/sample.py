@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from upcycle.cli.device import Dtype
-from upcycle.cli.sampler import Sampler, made_hold, parse_hold, parse_interval
+from upcycle.cli.sampler import Sampler, check_guidance, made_hold, parse_hold, parse_interval
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -129,6 +129,7 @@ def sample(
         raise UpcycleError("--threshold and --schedule are two ways to choose sizes; give one of them")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
+    check_guidance(guidance_scale, guidance_channels=guidance_channels, guidance_interval=guidance_interval)
     interval, held = parse_interval(guidance_interval), parse_hold(hold)
     balanced = balanced or out.suffix == ".npz"
     if not balanced and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -7,6 +7,15 @@ from upcycle.errors import UpcycleError
 Sampler = Literal["ddim", "ddpm", "dpm-solver++", "unipc"]
 
 
+def check_guidance(scale: float | None, **options: Any) -> None:
+    """Raise `UpcycleError` where options of guidance (``guidance_channels``) are given without any; ``scale`` None is
+    the default, which guides."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given and scale is not None and scale <= 1:
+        option = given.replace("_", "-")
+        raise UpcycleError(f"--guidance-scale {scale:g} is no guidance, and --{option} changes it; leave one out")
+
+
 def parse_interval(text: str | None) -> tuple[int, int] | None:
     """``200:700`` of ``--guidance-interval``; raises `UpcycleError`."""
     if text is None:
