@@ -213,6 +213,17 @@ def test_wrong_guidance_is_seen_and_rows_say_how_they_were_drawn(tmp_path, faili
     assert [row["guidance_scale"] for row in rows.read_rows(out)] == [1.5, 9]
 
 
+def test_held_samples_are_not_compared_with_others(tmp_path):
+    for name, hold in (("plain", ()), ("held", ("--hold", 2))):
+        given = ("--balanced", "-n", 20, "--steps", 3, "--sampler", "ddim", *hold)
+        inside("sample", "digits", *given, "-o", tmp_path / name)
+    out = ("--reference", "digits-val", "--features", "digits", "-o", tmp_path / "e.json")
+    inside("evaluate", tmp_path / "plain", *out)
+    done = inside("evaluate", tmp_path / "held", *out)
+    assert "hold is none there and 2 here" in done.stderr
+    assert "hold 2" in done.stdout
+
+
 def test_a_sweep_beside_the_teacher(tmp_path):
     student = tmp_path / "dc4"
     inside("convert", TEACHER, "-o", student, "--no-verify")

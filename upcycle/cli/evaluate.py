@@ -304,7 +304,7 @@ def _settings(row: dict[str, Any]) -> str:
     told = [f"{name.replace('_', ' ')} {row[name]}" for name in ("sampler", "steps", "guidance_scale") if row[name]]
     channels = f" of {row['guidance_channels']} channels" if row["guidance_channels"] else ""
     told[-1:] = [told[-1] + channels] if told else ["how they were drawn is not said"]
-    rest = [name for name in ("uncond_tail_drop", "tokens", "seed") if row[name] is not None]
+    rest = [name for name in ("hold", "uncond_tail_drop", "tokens", "seed") if row[name] is not None]
     told += [f"{name.replace('_', ' ')} {row[name]}" for name in rest]
     of = f"{row['reference']} ({row['reference_num'] or 'statistics'}, sha256 {row['reference_sha256'][:12]})"
     return f"{', '.join(told)}, n = {row['num']}; features {row['features']}\nreference {of}"

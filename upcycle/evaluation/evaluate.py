@@ -24,7 +24,7 @@ from upcycle.sampling.bulk import HOW, budget_of, cost, draw_samples, read_recor
 from upcycle.sampling.sampler import decode, set_sampler
 
 PROTOCOL = (
-    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "num", "features",
+    "sampler", "steps", "guidance_scale", "guidance_channels", "guidance_interval", "hold", "num", "features",
     "features_sha256", "reference_sha256", "size",
 )  # fmt: skip
 """Rows are compared only where they agree in all of these. The model, its tail drop, the seed and the arithmetic may
@@ -223,5 +223,5 @@ def comparable(row: dict[str, Any], others: Iterable[dict[str, Any]]) -> tuple[l
 
 def _told(value: Any, name: str) -> str:
     if value is None:
-        return "all" if name == "guidance_channels" else "not said"
+        return {"guidance_channels": "all", "hold": "none"}.get(name, "not said")
     return value[:12] if name.endswith("sha256") else str(value)
