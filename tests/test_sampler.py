@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers import scheduling_ddpm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_compose import make_student
 
 from upcycle.errors import UpcycleError
 from upcycle.models.identity_vae import IdentityVAE
@@ -154,6 +155,31 @@ def test_a_limit_is_for_each_sample_by_itself(pipe):
         assert [bool(step.asked) for step in alone] == [i in step.asked for step in whole]
         close(alone[-1].previous, whole[-1].previous[i : i + 1])
     assert sum(len(step.asked) for step in steps(pipe, LABELS, SEEDS, Sampling(12, 2.0, hold=Hold(limit=1e-9)))) == 36
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_a_limit_and_tail_drops_of_each_sample(halves):
+    """The samples that are asked about keep their own tail drops."""
+    student = make_student()
+    pipe = DiTPipeline(student, IdentityVAE(1), DDIMScheduler(clip_sample=False))
+    how, labels, seeds = Sampling(12, 2.0, hold=Hold(limit=0.35)), [3, 0, 7, 1], [11, 12, 13, 14]
+    drops, uncond = [0.0, 0.3, 0.6, 0.8], [0.9, 0.0, 0.5, 0.2]
+    student.set_tail_drop(drops * halves)
+    student.set_lite_cfg(uncond * halves)
+    whole = list(steps(pipe, labels, seeds, how))
+    assert student.tail_drop.tolist() == pytest.approx(drops * halves)
+    assert any(0 < len(step.asked) < 4 for step in whole)
+    for i in range(4):
+        student.set_tail_drop(drops[i])
+        student.set_lite_cfg(uncond[i])
+        alone = list(steps(pipe, labels[i : i + 1], seeds[i : i + 1], how))
+        for one, all_of_them in zip(alone, whole, strict=True):
+            assert bool(one.asked) == (i in all_of_them.asked)
+            if one.asked:
+                at, count = all_of_them.asked.index(i), len(all_of_them.asked)
+                kept = all_of_them.routing.mask.sum(1)
+                assert one.routing.mask.sum(1).tolist() == kept[[at, count + at]].tolist()
+        close(alone[-1].previous, whole[-1].previous[i : i + 1])
 
 
 @pytest.mark.parametrize("wrong", [{}, {"every": 1}, {"limit": 0.0}, {"every": 2, "limit": 0.1}])

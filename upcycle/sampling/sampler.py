@@ -9,6 +9,7 @@ Shapes: n samples, C latent channels, H x W latent grid.
 import inspect
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +168,24 @@ def steps(pipe: DiTPipeline, labels: list[int], seeds: list[int], sampling: Samp
         x = previous
 
 
+@contextmanager
+def _budgets_of(model: Any, rows: Any, n: int) -> Iterator[None]:
+    """Tail drops that a student has for each of ``n`` samples (or of both halves of a guided batch) are those of
+    ``rows`` inside the block."""
+    values = {name: getattr(model, name, None) for name in ("tail_drop", "uncond_tail_drop")}
+    each = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    if isinstance(rows, slice) or not each:  # all of them
+        yield
+        return
+    try:
+        for name, value in each.items():
+            setattr(model, name, value.unflatten(0, (-1, n))[:, rows.to(value.device)].flatten())
+        yield
+    finally:
+        for name, value in each.items():
+            setattr(model, name, value)
+
+
 class _Asking:
     """The model's answers of one run, and what held steps need of them."""
 
@@ -210,7 +229,8 @@ class _Asking:
         else:
             given = some
         time = torch.full((len(given),), t, device=x.device, dtype=torch.int64)
-        answer = self.model(given.to(self.model.dtype), timestep=time, class_labels=label)
+        with _budgets_of(self.model, rows, len(x)):
+            answer = self.model(given.to(self.model.dtype), timestep=time, class_labels=label)
         out = answer.sample.float()
         if guided:
             conditional, unconditional = out.chunk(2)
