@@ -197,6 +197,8 @@ def step_flops(model: Any, step: Any) -> float:
     """A `Step` of the sampling loop with ``model``, of all its samples and their unconditional twins; 0 where held.
 
     Of an adapter's schedule it reads what the last call took, so count before the next step is made.
+    Blocks that a cache left out (`ChunkedDiT.enable_cache`) are counted all the same; of those with DyDiT's gates their
+    attention.
     """
     copies = 2 if step.guided else 1
     if not step.asked:
