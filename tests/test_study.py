@@ -209,3 +209,58 @@ def test_results_are_of_this_code(tmp_path):
         now = next(csv.DictReader(file))
     for key in ("step", "loss", "distill", "router", "ratio", "tokens_kept"):
         assert float(now[key]) == pytest.approx(float(first[key]), rel=1e-3), f"{key} of the first steps has changed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quick", "--docs"], "leave out --scale and --docs"),
+        (["--scale", "S"], "add --device cuda"),
+        (["--scale", "S", "--device", "cuda", "--sets", "digits", "--report"], "--sets digits has no place"),
+        (["--report", "--out", "nowhere"], "there is no nowhere"),
+        (["--arms", "exakt"], "exakt"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        study.parse()
+    assert exit_.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_begun_with_other_settings_is_neither_taken_nor_removed(tmp_path):
+    job = study.Job("arm", "quick", "digits", str(tmp_path), "cpu", "exact", 0)
+    assert not study.is_done(job)
+    job.folder.mkdir(parents=True)
+    (job.folder / "settings.json").write_text(json.dumps({"settings": job.settings(), "inputs": job.inputs()}))
+    assert not study.is_done(job)
+    (job.folder / "result.json").write_text("{}")
+    assert study.is_done(job)
+    other = study.Job("arm", "tiny", "digits", str(tmp_path), "cpu", "exact", 0)
+    with pytest.raises(SystemExit, match="other settings"):
+        study.is_done(other)
+    assert (job.folder / "result.json").exists()
+
+
+def test_docs_keep_what_an_earlier_session_ran_with_the_same_settings():
+    def of_set(*runs: tuple[str, str, int], kinds: tuple[str, ...] = ()) -> dict:
+        arms: dict = {}
+        for arm, seed, settings in runs:
+            arms.setdefault(arm, {})[seed] = {"settings": settings, "seconds": 3600}
+        return {"digits": {"arms": arms, **{kind: {"settings": 1} for kind in kinds}}}
+
+    def a_study(sets: dict) -> dict:
+        return {"machine": ["this"], "hours": 1.0, "sets": sets}
+
+    earlier = a_study(of_set(("exact", "0", 1), ("exact", "1", 1), ("N = 16", "0", 2), kinds=("teacher", "masks")))
+    now = a_study(of_set(("exact", "0", 1), ("published", "0", 1)))
+    merged = results._with_earlier(now, {**earlier, "machine": ["that"]}, lambda *of: 1)
+    found = merged["sets"]["digits"]
+    assert {arm: list(runs) for arm, runs in found["arms"].items()} == {"published": ["0"], "exact": ["0", "1"]}
+    assert {"teacher", "masks"} <= set(found)
+    assert merged["machine"] == ["that", "this"]
+    assert merged["hours"] == 2.0
+    assert results._with_earlier(now, None, lambda *of: 1) == now
