@@ -98,13 +98,19 @@ class Job:
         return Path(self.out, self.set, f"{slug(self.arm)}-{self.seed}" if self.kind == "arm" else self.kind)
 
     @property
+    def samples(self) -> int:
+        """Baselines are some forty runs: half of the samples."""
+        samples = PLANS[self.plan].samples[self.set]
+        return samples // 2 if self.kind == "baselines" else samples
+
+    @property
     def places(self) -> "Places":
         return Places.of(self.plan, self.set, self.out)
 
     def settings(self) -> dict[str, Any]:
         """What a result must have been made with to be taken as it is. What it is not told: `inputs`."""
         plan = PLANS[self.plan]
-        found = {"samples": plan.samples[self.set], "code": code_of(self.kind)}
+        found: dict[str, Any] = {"samples": self.samples, "code": code_of(self.kind)}
         if self.kind in ("teacher", "arm"):
             found |= {"held_out": plan.held_out}
         if self.kind == "arm":
@@ -199,11 +205,10 @@ def work(job: Job) -> None:
     study_set = open_set(job.set, job.places, plan.pixels)
     found: dict[str, Any] = {"job": asdict(job), "settings": job.settings(), "inputs": job.inputs()}
     found["machine"] = machine(job.device)
-    samples = plan.samples[job.set]
     if job.kind in ("teacher", "arm"):
         from judging import Judge
 
-        judge = Judge(study_set, samples, plan.held_out, Path(job.out, job.set), job.device)
+        judge = Judge(study_set, job.samples, plan.held_out, Path(job.out, job.set), job.device)
         found |= train_and_judge(job, judge) if job.kind == "arm" else {"teacher": judge.judge_teacher()}
     elif job.kind == "baselines":
         from baselines import measure_baselines
@@ -211,7 +216,7 @@ def work(job: Job) -> None:
         found["report"] = measure_baselines(
             study_set,
             exports(job),
-            samples=samples,
+            samples=job.samples,
             timed_samples=plan.timed,
             repeats=plan.repeats,
             steps=plan.full_steps,
@@ -221,7 +226,7 @@ def work(job: Job) -> None:
         from masks import measure_masks
 
         found["report"] = measure_masks(
-            exports(job), count=2 * samples, pixels=plan.pixels, teacher=study_set.teacher, device=job.device
+            exports(job), count=2 * job.samples, pixels=plan.pixels, teacher=study_set.teacher, device=job.device
         )
     found["seconds"] = time.perf_counter() - begun
     write_text(job.folder / "result.json", to_json(found))
