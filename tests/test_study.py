@@ -208,7 +208,7 @@ def test_results_are_of_this_code(tmp_path):
     with (prepared.out / "log.csv").open() as file:
         now = next(csv.DictReader(file))
     for key in ("step", "loss", "distill", "router", "ratio", "tokens_kept"):
-        assert float(now[key]) == pytest.approx(float(first[key]), rel=1e-3), f"{key} of the first steps has changed"
+        assert float(now[key]) == pytest.approx(float(first[key]), rel=0.01), f"{key} of the first steps has changed"
 
 
 @pytest.mark.parametrize(
