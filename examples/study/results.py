@@ -390,7 +390,9 @@ def _curves(found: dict[str, Any], path: Path) -> None:
         steps = [row["step"] for row in runs[0]]
         (line,) = left.plot(steps, [mean(v) for v in values], label=name)
         left.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=line.get_color())
-    left.set(yscale="log", xscale="symlog", xlabel="steps", ylabel="held-out noise MSE")
+    left.set(yscale="log", xlabel="steps", ylabel="held-out noise MSE")
+    left.set_xscale("symlog", linthresh=100)
+    left.set_xlim(left=0)
     left.axhline(teacher["val_loss"], color="black", linestyle=":", label="teacher")
     left.legend(fontsize=7)
     names = [name for name in arms if "paired_mse" in _last(arms, name)[0]]
