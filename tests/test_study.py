@@ -198,9 +198,7 @@ def test_results_are_of_this_code(tmp_path):
                     now, was = study.as_json(job.settings()), run["settings"]
                     for gpu in ("mixed_precision", "data_workers"):
                         now["recipe"].pop(gpu, None), was["recipe"].pop(gpu, None)
-                    assert without(was, left) == without(now, left), (
-                        f"run again: {arm} of {name}, seed {seed}"
-                    )
+                    assert without(was, left) == without(now, left), f"run again: {arm} of {name}, seed {seed}"
     first = studies["tiny"]["sets"]["digits"]["arms"]["exact"]["0"]["first_losses"]
     job = study.Job("arm", "tiny", "digits", str(tmp_path), "cpu", "exact", 0)
     recipe = parse_recipe(yaml.safe_load(yaml.safe_dump(job.recipe())), "exact")
