@@ -182,6 +182,7 @@ def test_results_are_of_this_code(tmp_path):
     """docs/results.md is what the code here writes of docs/results.json; that is of the recipes and of the judging code
     that are here (without comments and layout); and training begins as the run of the exact graft began."""
     studies = json.loads(RESULTS.read_text())
+    assert '"/' not in RESULTS.read_text()  # no paths of the machine that it was run on
     assert (ROOT / "docs" / "results.md").read_text() == results.render(studies), "study.py --report --docs"
     for plan, found in studies.items():
         same = found["versions"]["python"].split(".")[:2] == list(platform.python_version_tuple()[:2])

@@ -29,7 +29,7 @@ SettingsOf = Callable[[str, str, str, int], dict[str, Any]]
 
 
 def collect(out: Path, plan: str) -> dict[str, Any]:
-    """What lies in the folder of a study, rounded to five digits."""
+    """What lies in the folder of a study, rounded to five digits, without the places where models lay."""
     sets: dict[str, Any] = {}
     machines, seconds = set(), 0.0
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
@@ -52,7 +52,7 @@ def collect(out: Path, plan: str) -> dict[str, Any]:
             sets[folder.name] = found
     packages = {name: version(name) for name in ("torch", "diffusers", "torch-fidelity")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=DOCS, capture_output=True, text=True)
-    return _rounded(
+    return _plain(
         {
             "plan": plan,
             "date": date.today().isoformat(),
@@ -64,12 +64,12 @@ def collect(out: Path, plan: str) -> dict[str, Any]:
     )
 
 
-def _rounded(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _plain(inner) for key, inner in value.items() if key != "folder"}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def write(out: Path, plan: str, *, docs: bool, settings_of: SettingsOf) -> str:
