@@ -144,6 +144,12 @@ def test_min_snr_weight():
     assert losses.min_snr_weight(torch.tensor([0.0, 1.0]), 5.0).tolist() == [1, 0]
 
 
+def test_balanced_weight():
+    alpha_bar = torch.tensor([1, 2 / 3, 0.5, 1e-4, 0])  # snr inf, 2, 1, 1e-4, 0
+    weight = losses.balanced_weight(alpha_bar)
+    torch.testing.assert_close(weight, torch.tensor([1, 2**0.5, 3**0.5, 141.42, 1414.2]), atol=1e-6, rtol=1e-4)
+
+
 def test_weighted_mse():
     a, b = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses.weighted_mse(a, b, torch.ones(3)), F.mse_loss(a, b))

@@ -141,6 +141,8 @@ def test_overrides_that_are_refused(recipe_file, override, says):
         ({"export": "best"}, "needs 'validation' to judge by"),
         ({"trackers": ["mlflow"]}, "'trackers.0' is 'mlflow'"),
         (staged(losses={"diffusion": 0, "distill": 0, "min_snr": 5}), "min_snr weighs diffusion and distill"),
+        (staged(losses={"diffusion": 0, "distill": 0, "balanced": True}), "balanced weighs diffusion and distill"),
+        (staged(losses={"min_snr": 5, "balanced": True}), "two weights of the same losses"),
         (staged(losses={"distill": 0}, teacher_guidance=2), "teacher_guidance is for the loss distill"),
         (staged(losses=dict.fromkeys(["diffusion", "variational", "distill", "ratio", "router"], 0)), "every loss"),
     ],

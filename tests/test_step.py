@@ -139,17 +139,20 @@ def test_the_teacher_is_guided(world, tmp_path, scale):
     assert row["distill"] == pytest.approx(torch.nn.functional.mse_loss(output, question.answer).item(), rel=1e-4)
 
 
-def test_min_snr_weighs_each_sample(world, tmp_path):
-    weight = {"min_snr": 0.5, "variational": 0, "router": 0}
+@pytest.mark.parametrize(
+    ("option", "weigh"),
+    [({"min_snr": 0.5}, lambda snr: snr.clamp(max=0.5) / snr), ({"balanced": True}, lambda snr: (1 + 2 / snr).sqrt())],
+)
+def test_noise_levels_weigh_as_told(world, tmp_path, option, weigh):
+    weight = {**option, "variational": 0, "router": 0}
     paper = {"ratio": 4, "init": "paper"}  # where the student is not its teacher yet
     updater, batch = make_updater(small(world, tmp_path / "run", {"losses": weight}, convert=paper))
     (question,) = updater._ask(updater.recipe.stages[0], [batch])
     with torch.no_grad():
         output = updater.student(question.x_t, batch.timestep, batch.label).sample
     row = updater.update(batch)
-    snr = question.alpha_bar / (1 - question.alpha_bar)
-    share = snr.clamp(max=0.5) / snr
-    assert share.min() < 0.9
+    share = weigh(question.alpha_bar / (1 - question.alpha_bar))
+    assert share.max() / share.min() > 1.1
     for name, error in (("diffusion", output[:, :4] - batch.noise), ("distill", output - question.answer)):
         each = error.square().flatten(1).mean(1)
         assert row[name] == pytest.approx((share * each).mean().item(), rel=1e-4)

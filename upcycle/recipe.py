@@ -68,6 +68,8 @@ class Losses(_Strict):
     DyDiT have none.
     ``router``: BCE of the boundary score against the teacher's local detail; decays linearly to a third of its weight
     over the stage. ``min_snr``: gamma of the min-SNR weight min(snr, gamma) / snr on ``diffusion`` and ``distill``.
+    ``balanced``: their weight sqrt(1 + 2 / snr) instead, so that noisy steps count, whose errors are small; without it
+    they end up worse than the teacher's (docs/results.md).
     """
 
     diffusion: NonNegative = 1.0
@@ -79,6 +81,7 @@ class Losses(_Strict):
     router: NonNegative = 0.5
     flops: NonNegative = 1.0
     min_snr: Positive | None = None
+    balanced: bool = False
 
     @model_validator(mode="after")
     def _used(self) -> "Losses":
@@ -86,6 +89,10 @@ class Losses(_Strict):
             raise ValueError("every loss has weight 0, so nothing would train")
         if self.min_snr is not None and not (self.diffusion or self.distill):
             raise ValueError("min_snr weighs diffusion and distill, which are both 0; leave it out")
+        if self.balanced and not (self.diffusion or self.distill):
+            raise ValueError("balanced weighs diffusion and distill, which are both 0; leave it out")
+        if self.balanced and self.min_snr is not None:
+            raise ValueError("min_snr and balanced are two weights of the same losses; leave out one of them")
         return self
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sets import GUIDANCE
 
 from upcycle.shipped import shipped_recipe
 
@@ -21,8 +22,9 @@ class Arm:
     """``what`` it is in a few words; ``change`` turns the exact graft's recipe into its own. ``without``: one of
     `parts.PARTS`. ``times``: how many times as many steps it takes. ``start``: ``"scratch"`` for fresh blocks,
     ``"teacher"`` for a teacher that is trained on and no student. ``teacher_made``: trained on the teacher's samples.
-    ``tail_drops``: budgets that it is judged with beside the whole one. ``once``: with the
-    first seed only; ``quick``: whether `--quick` runs it."""
+    ``tail_drops``: budgets that it is judged with beside the whole one; ``equal_tokens``: also with
+    exactly one of N positions kept, for what differs in where tokens are. ``guided``: it has learned the guided output,
+    so that it samples without guidance. ``once``: with the first seed only; ``quick``: whether `--quick` runs it."""
 
     what: str
     change: Callable[[Recipe], None] = lambda recipe: None
@@ -31,6 +33,8 @@ class Arm:
     start: str | None = None
     teacher_made: bool = False
     tail_drops: tuple[float, ...] = (0.4,)
+    equal_tokens: bool = False
+    guided: bool = False
     once: bool = False
     quick: bool = False
 
@@ -43,6 +47,16 @@ def _published_losses(recipe: Recipe) -> None:
 
 def _without_distillation(recipe: Recipe) -> None:
     recipe["stages"][0]["losses"] |= {"diffusion": 1.0, "variational": 1.0, "distill": 0.0}
+
+
+def _follow_teacher(recipe: Recipe) -> None:
+    """Distillation alone, for what the data would contradict."""
+    recipe["stages"][0]["losses"] |= {"diffusion": 0.0, "variational": 0.0, "distill": 4.0}
+
+
+def _guided_distillation(recipe: Recipe) -> None:
+    _follow_teacher(recipe)
+    recipe["stages"][0]["teacher_guidance"] = GUIDANCE
 
 
 def _paper_start(recipe: Recipe) -> None:
@@ -97,7 +111,7 @@ STARTS = {
     "published": Arm("published upcycling without distillation (d)", _paper, quick=True),
     "published, distilled": Arm("with block distillation for a fifth of the steps (e)", _paper_distilled, quick=True),
     "published, our losses": Arm("the published start with the losses of `exact`", _paper_start),
-    "exact": Arm("the exact graft (f)", tail_drops=BUDGETS, quick=True),
+    "exact": Arm("the exact graft (f)", tail_drops=BUDGETS, equal_tokens=True, quick=True),
     "exact, 4 x": Arm("the same, with 4 times the steps", times=4, once=True),
 }
 LEFT_OUT = {
@@ -106,37 +120,44 @@ LEFT_OUT = {
     "without controller": Arm("the bias that holds the ratio stays", _set("stages.0.anneal.bias_rate", 0.0)),
     "without router's rate": Arm("one learning rate for router and scaffold", _set("optimizer.router_lr_scale", 1.0)),
     "without distillation": Arm("noise MSE and variational bound instead", _without_distillation),
-    "published losses": Arm("without router supervision and the teacher's lower rate too", _published_losses),
+    "without balance": Arm("all noise levels weigh the same", _set("stages.0.losses.balanced", False)),
+    "published losses": Arm("without router supervision, balance and the teacher's lower rate too", _published_losses),
     "without correction": Arm("no decoder", without="correction"),
     "without lattice": Arm("no prior for every second position", without="lattice"),
     "without cell mean": Arm("tokens see their window alone", without="cell-mean"),
     "without size bias": Arm("attention does not know the cells' sizes", without="size-bias"),
     "without fill": Arm("uncovered positions copy the nearest entry", without="fill"),
     "without visibility": Arm("the router's target without √ᾱ", without="visibility"),
+    "lower floor": Arm("weaker contrasts are detail to the router's target", without="target-floor", once=True),
 }
 ABLATIONS = {
-    "random boundaries": Arm("as many tokens, at random", _set("convert.router", "random"), quick=True),
-    "grid boundaries": Arm("the teacher's grid for good", _set("convert.router", "grid"), quick=True),
+    "random boundaries": Arm(
+        "as many tokens, at random", _set("convert.router", "random"), equal_tokens=True, quick=True
+    ),
+    "grid boundaries": Arm(
+        "the teacher's grid for good", _set("convert.router", "grid"), equal_tokens=True, quick=True
+    ),
     "cosine router": Arm("H-Net's router instead of predictability", _set("convert.router", "cosine")),
     "without smoothing": Arm("no smoothing in the decoder", without="smoothing"),
     "one budget": Arm("no tail dropping while training", _set("stages.0.tail_drop.values", []), tail_drops=BUDGETS),
-    "N = 16": Arm("a sixteenth of the positions", _sixteenth("predictability"), quick=True),
-    "N = 16, random": Arm("the same, at random", _sixteenth("random")),
-    "N = 16, grid": Arm("the same, on a grid twice as coarse as the teacher's", _sixteenth("grid")),
-    "teacher-made data": Arm("the teacher's own samples instead of data", teacher_made=True),
-    "guided distillation": Arm("the teacher's guided output is followed", _set("stages.0.teacher_guidance", 2.0)),
+    "N = 16": Arm("a sixteenth of the positions", _sixteenth("predictability"), equal_tokens=True, quick=True),
+    "N = 16, random": Arm("the same, at random", _sixteenth("random"), equal_tokens=True),
+    "N = 16, grid": Arm("the same, on a grid twice as coarse as the teacher's", _sixteenth("grid"), equal_tokens=True),
+    "teacher-made data": Arm("following the teacher on its own samples, no data", _follow_teacher, teacher_made=True),
+    "guided distillation": Arm(
+        "following the teacher's guided output: one evaluation a step instead of two", _guided_distillation, guided=True
+    ),
 }
 ARMS: dict[str, Arm] = {**STARTS, **LEFT_OUT, **ABLATIONS}
 FIRST = (
     "exact", "published, distilled", "from scratch", "published", "teacher trained on", "N = 16", "grid boundaries",
-    "random boundaries", "without supervision", "one budget", "N = 16, random", "N = 16, grid",
+    "random boundaries", "without supervision", "guided distillation", "one budget", "N = 16, random", "N = 16, grid",
 )  # fmt: skip
 # Digits are drawn on the teacher's own grid: what a token off the grid needs is asked of the shapes, whose steps cost
 # more.
 DIGITS_ONLY = {
     "without guide", "without controller", "without router's rate", "without distillation", "published losses",
     "without correction", "without smoothing", "cosine router", "published, our losses", "teacher-made data",
-    "guided distillation",
 }  # fmt: skip
 SHAPES_ONLY = {"without lattice", "without cell mean", "without size bias", "without fill", "without visibility"}
 
@@ -159,7 +180,7 @@ def recipe_of(
     content |= {"seed": seed, "out": str(out / "run"), "save_every": max(1, steps // 4), "keep_checkpoints": 4}
     content |= {"teacher": teacher, "data": data, "batch_size": batch_size}
     if study_set == "shapes":  # of which there are enough to learn more from than from the teacher alone
-        content["stages"][0]["losses"] = {"diffusion": 1.0, "variational": 1.0, "distill": 1.0, "router": 0.5}
+        content["stages"][0]["losses"] |= {"diffusion": 1.0, "variational": 1.0, "distill": 1.0}
     arm.change(content)
     if arm.start == "scratch":
         content["student"] = str(out / "start")

@@ -14,7 +14,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +70,22 @@ class LiteVariant(Variant):
 
 
 def families(
-    students: dict[str, str], steps: int, teacher: DiTPipeline, context: ExitStack
+    students: dict[str, str], guided: Collection[str], steps: int, teacher: DiTPipeline, context: ExitStack
 ) -> dict[str, list[Setting]]:
     """All settings by family; the teachers that merge tokens do so until ``context`` ends."""
     multistep = _twin(teacher)
     set_sampler(multistep, "dpm-solver++")
     fewer = list(dict.fromkeys(round(steps * share) for share in FEWER))
 
-    def of(name: str, pipe: DiTPipeline, count: int = steps, hold: Hold | None = None, rho: float | None = None):
-        return Setting(name, Variant("", pipe, Sampling(count, GUIDANCE, hold=hold), rho))
+    def of(
+        name: str,
+        pipe: DiTPipeline,
+        count: int = steps,
+        hold: Hold | None = None,
+        rho: float | None = None,
+        guidance: float = GUIDANCE,
+    ) -> Setting:
+        return Setting(name, Variant("", pipe, Sampling(count, guidance, hold=hold), rho))
 
     found = {
         "teacher, fewer steps (DDIM)": [of(f"{n} steps", teacher, n) for n in fewer],
@@ -93,14 +100,18 @@ def families(
     for name, folder in students.items():
         pipe = load_pipeline(folder).to(teacher.device)
         set_sampler(pipe, "ddim")
-        found[f"{name} at ρ"] = [of(f"ρ = {rho:g}", pipe, rho=rho) for rho in TAIL_DROPS]
+        guidance = 1.0 if name in guided else GUIDANCE
+        found[f"{name} at ρ"] = [of(f"ρ = {rho:g}", pipe, rho=rho, guidance=guidance) for rho in TAIL_DROPS]
         found[f"{name}, holding"] = [
-            of(f"ρ = {rho:g}, asked every {n}", pipe, hold=Hold(n), rho=rho) for rho in HELD_TAIL_DROPS for n in (2, 3)
+            of(f"ρ = {rho:g}, asked every {n}", pipe, hold=Hold(n), rho=rho, guidance=guidance)
+            for rho in HELD_TAIL_DROPS
+            for n in (2, 3)
         ]
-        found[f"{name}, Lite-CFG"] = [
-            Setting(f"ρ = {rho:g} and {lite:g}", LiteVariant("", pipe, Sampling(steps, GUIDANCE), rho, lite))
-            for rho, lite in LITE_CFG
-        ]
+        if name not in guided:
+            found[f"{name}, Lite-CFG"] = [
+                Setting(f"ρ = {rho:g} and {lite:g}", LiteVariant("", pipe, Sampling(steps, GUIDANCE), rho, lite))
+                for rho, lite in LITE_CFG
+            ]
     return found
 
 
@@ -124,6 +135,7 @@ def measure_baselines(
     study_set: Set,
     students: dict[str, str],
     *,
+    guided: Collection[str] = (),
     samples: int,
     timed_samples: int,
     repeats: int,
@@ -135,6 +147,7 @@ def measure_baselines(
 
     Args:
         students: by name, the folder of an export.
+        guided: those that have learned the guided output, and are sampled without guidance.
         samples: images of each setting, the classes in turn, seeds from 0 on.
         timed_samples: of them, those of the timed rounds.
         repeats: timed rounds, in each of which all settings take their turn, and the full run in front of each family.
@@ -198,7 +211,7 @@ def measure_baselines(
         "families": {},
     }
     with ExitStack() as context:
-        by_family = families(students, steps, teacher, context)
+        by_family = families(students, guided, steps, teacher, context)
         for family, settings in by_family.items():
             report["families"][family] = [row_of(setting, drawn_by(setting)) for setting in settings]
         # A machine's speed changes within a round too: each family is compared with the full run in front of it.

@@ -44,13 +44,22 @@ class FixedVariant(Variant):
 
 
 class Judge:
-    """Judges models of one set on ``samples`` trajectories (DDIM, guidance 2, a class in turn, seeds from 0 on) and on
-    ``held_out`` images.
+    """Judges models of one set on ``samples`` trajectories (DDIM, ``guidance``, a class in turn, seeds from 0 on) and
+    on ``held_out`` images. The teacher's trajectories have guidance 2 whatever ``guidance`` is.
 
     What the teacher draws is kept in ``folder``, because every arm is compared with it.
     """
 
-    def __init__(self, study_set: Set, samples: int, held_out: int, folder: Path, device: str = "cpu"):
+    def __init__(
+        self,
+        study_set: Set,
+        samples: int,
+        held_out: int,
+        folder: Path,
+        device: str = "cpu",
+        guidance: float = GUIDANCE,
+    ):
+        self.guidance = guidance
         self.set, self.samples, self.device = study_set, samples, torch.device(device)
         self.pipe = load_pipeline(study_set.teacher).to(self.device)
         self.alpha_bar = self.pipe.scheduler.alphas_cumprod
@@ -65,10 +74,15 @@ class Judge:
         return [i % self.set.classes for i in range(self.samples)]
 
     def _draw(
-        self, model: torch.nn.Module, tail_drop: float | None, tokens: int | None = None, steps: int = DDIM_STEPS
+        self,
+        model: torch.nn.Module,
+        guidance: float,
+        tail_drop: float | None = None,
+        tokens: int | None = None,
+        steps: int = DDIM_STEPS,
     ) -> Drawn:
         self.pipe.transformer = model
-        variant = FixedVariant("", self.pipe, Sampling(steps, GUIDANCE), tail_drop, tokens)
+        variant = FixedVariant("", self.pipe, Sampling(steps, guidance), tail_drop, tokens)
         return draw(variant, self.labels, list(range(self.samples)), batch_size=BATCH)
 
     @lru_cache(1)  # noqa: B019 - one judge a process
@@ -80,7 +94,7 @@ class Judge:
     def teachers(self) -> torch.Tensor:
         """The teacher's samples [n, C, H, W]."""
         if not self._file.exists():
-            latents = self._draw(self.teacher, None).latents.clamp(-1, 1)
+            latents = self._draw(self.teacher, GUIDANCE).latents.clamp(-1, 1)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             partial = self._file.with_suffix(f".{os.getpid()}")  # two jobs may draw them
             save_file({"latents": latents}, partial)
@@ -96,7 +110,7 @@ class Judge:
         self, model: torch.nn.Module, tail_drop: float | None, tokens: int | None = None
     ) -> dict[str, Any]:
         """Paired MSE of samples (pixels in [-1, 1]), class accuracy, Fréchet distance and KID, FLOPs and tokens."""
-        drawn = self._draw(model, tail_drop, tokens)
+        drawn = self._draw(model, self.guidance, tail_drop, tokens)
         pixels = drawn.latents.clamp(-1, 1)
         features, logits = self.set.look(pixels)
         found = measure({"features": features, "logits": logits}, self.reference())
@@ -113,16 +127,18 @@ class Judge:
         """The teacher's row, and what half of the steps costs it; ``classifier``: how many held-out images the set's
         classifier reads right."""
         row = {**self.loss(self.teacher), **self.trajectories(self.teacher, None)}
-        half = self._draw(self.teacher, None, steps=DDIM_STEPS // 2).latents.clamp(-1, 1)
+        half = self._draw(self.teacher, GUIDANCE, steps=DDIM_STEPS // 2).latents.clamp(-1, 1)
         row["half_the_steps_mse"] = (half - self.teachers()).square().mean().item()
         images, labels = self.set.held_out()
         row["classifier"] = (self.set.look(images)[1].argmax(1) == labels).float().mean().item()
         return row
 
 
-def judge_run(judge: Judge, recipe_file: Path, tail_drops: tuple[float, ...]) -> list[dict[str, Any]]:
+def judge_run(
+    judge: Judge, recipe_file: Path, tail_drops: tuple[float, ...], equal_tokens: bool
+) -> list[dict[str, Any]]:
     """A row for the start and for every checkpoint of a run; trajectories at the end, also with tails dropped
-    (``by_tail_drop``) and with exactly one of N positions kept (``fixed``)."""
+    (``by_tail_drop``) and, if ``equal_tokens``, with exactly one of N positions kept (``fixed``)."""
     recipe = load_recipe(recipe_file)
     start = Path(recipe.student or f"{recipe.out}/start")
     rows = []
@@ -135,8 +151,9 @@ def judge_run(judge: Judge, recipe_file: Path, tail_drops: tuple[float, ...]) ->
                 str(rho): {**judge.trajectories(student, rho), "val_loss": _at(judge, student, rho)}
                 for rho in tail_drops
             }
-            tokens = round(student.config.sample_size**2 / student.config.ratio)
-            row["fixed"] = judge.trajectories(student, 0.0, tokens)
+            if equal_tokens:
+                tokens = round(student.config.sample_size**2 / student.config.ratio)
+                row["fixed"] = judge.trajectories(student, 0.0, tokens)
         rows.append(row)
     return rows
 

@@ -16,6 +16,7 @@ PARTS = {
     "correction": "the decoder's correction",
     "smoothing": "the smoothing of the decoder's features",
     "visibility": "the factor √ᾱ in the router's target",
+    "target-floor": "what the floor of detail in the router's target has above the model's own",
 }
 
 
@@ -52,6 +53,8 @@ def leave_out(part: str) -> None:
     elif part == "visibility":
         visible = losses.visible_detail
         losses.visible_detail = lambda x0, alpha_bar, prior: visible(x0, torch.ones_like(alpha_bar), prior)
+    elif part == "target-floor":
+        losses.TARGET_FLOOR = chunked_dit.DETAIL_FLOOR
     else:
         raise ValueError(f"{part} is none of {', '.join(PARTS)}")
 

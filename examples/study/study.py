@@ -31,9 +31,9 @@ from typing import Any
 
 import torch
 import yaml
-from arms import ARMS, arms_of, recipe_of, slug
+from arms import ARMS, FIRST, arms_of, recipe_of, slug
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sets import HERE, SHAPES_CLASSIFIER, SHAPES_TEACHER, TRAIN_SEED, Set, digits, shapes, train_classifier
+from sets import GUIDANCE, HERE, SHAPES_CLASSIFIER, SHAPES_TEACHER, TRAIN_SEED, Set, digits, shapes, train_classifier
 from shapes import write_shards
 
 from upcycle.output import to_json, write_text
@@ -208,7 +208,8 @@ def work(job: Job) -> None:
     if job.kind in ("teacher", "arm"):
         from judging import Judge
 
-        judge = Judge(study_set, job.samples, plan.held_out, Path(job.out, job.set), job.device)
+        guidance = 1.0 if job.arm and ARMS[job.arm].guided else GUIDANCE
+        judge = Judge(study_set, job.samples, plan.held_out, Path(job.out, job.set), job.device, guidance)
         found |= train_and_judge(job, judge) if job.kind == "arm" else {"teacher": judge.judge_teacher()}
     elif job.kind == "baselines":
         from baselines import measure_baselines
@@ -216,6 +217,7 @@ def work(job: Job) -> None:
         found["report"] = measure_baselines(
             study_set,
             exports(job),
+            guided={arm for arm in exports(job) if ARMS[arm].guided},
             samples=job.samples,
             timed_samples=plan.timed,
             repeats=plan.repeats,
@@ -234,7 +236,7 @@ def work(job: Job) -> None:
 
 def exports(job: Job) -> dict[str, str]:
     """The students, of the job's seed, that baselines or masks look at and that have been run."""
-    arms = ("exact", "N = 16") if job.kind == "baselines" else ("exact", "without supervision", "N = 16")
+    arms = ("exact", "N = 16", "guided distillation" if job.kind == "baselines" else "without supervision")
     folders = {arm: Path(job.out, job.set, f"{slug(arm)}-{job.seed}", "run", "export") for arm in arms}
     return {arm: str(folder) for arm, folder in folders.items() if folder.exists()}
 
@@ -259,7 +261,7 @@ def train_and_judge(job: Job, judge: Any) -> dict[str, Any]:
         finetune(prepare(load_recipe(recipe_file), resume=resume), resume=resume)
     log = (folder / "run" / "log.csv").read_text().splitlines()
     names, first = (line.split(",") for line in log[:2])
-    rows = judge_run(judge, recipe_file, arm.tail_drops)
+    rows = judge_run(judge, recipe_file, arm.tail_drops, arm.equal_tokens)
     return {"rows": rows, "first_losses": dict(zip(names, first, strict=True))}
 
 
@@ -442,13 +444,17 @@ def run_all(options: argparse.Namespace) -> bool:
     def job(kind: str, name: str, arm: str = "", seed: int = 0) -> Job:
         return Job(kind, options.plan, name, str(options.out), options.device, arm, seed)
 
+    # All seeds of the most telling arms first, and the longest runs last: an interrupted study tells something, too.
     by_set = [
-        [
-            job("arm", name, arm, seed)
-            for seed in options.seeds
-            for arm in options.arms or arms_of(name, options.quick)
-            if seed == options.seeds[0] or not ARMS[arm].once
-        ]
+        sorted(
+            (
+                job("arm", name, arm, seed)
+                for seed in options.seeds
+                for arm in options.arms or arms_of(name, options.quick)
+                if seed == options.seeds[0] or not ARMS[arm].once
+            ),
+            key=lambda one: (one.arm not in FIRST, ARMS[one.arm].times),
+        )
         for name in names
     ]
     in_turn = [one for pair in itertools.zip_longest(*by_set) for one in pair if one]

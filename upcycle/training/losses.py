@@ -3,10 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from upcycle.models.chunked_dit import DETAIL_FLOOR, DETAIL_SCALE, Routing
+from upcycle.models.chunked_dit import DETAIL_SCALE, Routing
 
 # Fewer tokens than this share of the target desaturate the noisiest steps (docs/how-it-works.md).
 LEAST_SHARE = 2 / 3
+# Deviations in the teacher's x0 estimate below this are no detail. With .03, as before any training, tokens leave the
+# noisy steps for contrasts that hardly show; with .12 hardly any leaves the grid (docs/log.md, 2026-11-26).
+TARGET_FLOOR = 0.06
 
 
 def ratio_loss(routing: Routing, ratio: float, group: int) -> torch.Tensor:
@@ -37,7 +40,7 @@ def local_deviation(x0: torch.Tensor) -> torch.Tensor:
 
 
 def visible_detail(x0: torch.Tensor, alpha_bar: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
-    """log(sqrt(alpha_bar) * local deviation of the teacher's x0 estimate + .03) / .8 plus the lattice prior, [B, L].
+    """log(sqrt(alpha_bar) * local deviation of the teacher's x0 estimate + .06) / .8 plus the lattice prior, [B, L].
 
     Without sqrt(alpha_bar) tokens pile up at high noise.
 
@@ -46,7 +49,7 @@ def visible_detail(x0: torch.Tensor, alpha_bar: torch.Tensor, prior: torch.Tenso
         alpha_bar: [B].
         prior: [L].
     """
-    return torch.log(alpha_bar.sqrt()[:, None] * local_deviation(x0) + DETAIL_FLOOR) / DETAIL_SCALE + prior
+    return torch.log(alpha_bar.sqrt()[:, None] * local_deviation(x0) + TARGET_FLOOR) / DETAIL_SCALE + prior
 
 
 def router_target(detail: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -84,6 +87,15 @@ def bias_target(logit: torch.Tensor, bias: torch.Tensor, ratio: float) -> torch.
 def min_snr_weight(alpha_bar: torch.Tensor, gamma: float) -> torch.Tensor:
     """min(snr, gamma) / snr, the min-SNR weight for epsilon prediction (arXiv 2303.09556): alpha_bar [B] -> [B]."""
     return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+
+
+def balanced_weight(alpha_bar: torch.Tensor) -> torch.Tensor:
+    """sqrt(1 + 2 / snr): alpha_bar [B] -> [B].
+
+    The noise MSE of a trained model falls with the noise by more than three orders of magnitude; this weight takes off
+    about half of them. An alpha_bar of 0 counts as 1e-6, the noisiest that a linear schedule comes near to.
+    """
+    return (1 + 2 * (1 - alpha_bar) / alpha_bar.clamp(min=1e-6)).sqrt()
 
 
 def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

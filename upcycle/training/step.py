@@ -172,6 +172,8 @@ class Updater:
         per_sample = torch.ones_like(question.alpha_bar)
         if weight.min_snr is not None:
             per_sample = losses.min_snr_weight(question.alpha_bar, weight.min_snr)
+        elif weight.balanced:
+            per_sample = losses.balanced_weight(question.alpha_bar)
 
         zero = 0 * sample.mean()  # every parameter gets a gradient, as DDP wants, whatever the losses are
         terms = dict.fromkeys(TERMS, zero)
