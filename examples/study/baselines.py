@@ -18,12 +18,11 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiTPipeline
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from equal_cost import plot, tables
 from sets import GUIDANCE, Set, digits, shapes
 from token_merging import merged_flops, merging
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -43,9 +42,6 @@ FEWER = (0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MERGED = (0.25, 0.5, 0.75)
 TAIL_DROPS, HELD_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
 LITE_CFG = ((0.0, 0.4), (0.0, 0.8), (0.2, 0.8))  # in the conditional and in the unconditional half
-BUDGETS, TOLERANCE = (1.5, 1.25, 1.0, 0.75, 0.5, 0.35, 0.25), 0.03  # holding asks in the first and the last step too
-MARKERS = "oXsPD^v<>ph*"
-Cost = Literal["flops", "time"]
 
 
 @dataclass
@@ -228,61 +224,6 @@ def measure_baselines(
     report["full"] |= {"seconds": statistics.median(itertools.chain(*wholes)), "time": 1.0}
     report["minutes"] = (time.perf_counter() - begun) / 60
     return report
-
-
-def equal_cost_table(report: dict[str, Any], cost: Cost, mse: str = "mse") -> str:
-    """Markdown: for every budget, a share of the full run's ``cost``, the best setting of each family within it
-    (`TOLERANCE` more is allowed): ``mse`` (or ``mse_converged``), by which it is chosen, class accuracy, and its name.
-    """
-    by_family: dict[str, list[dict[str, Any]]] = report["families"]
-    lines = [[{"flops": "FLOPs", "time": "time"}[cost], *by_family], ["---"] * (1 + len(by_family))]
-    for budget in BUDGETS:
-        line = [f"{budget:.2f}"]
-        for rows in by_family.values():
-            within = [row for row in rows if row[cost] <= budget + TOLERANCE]
-            row = min(within, key=lambda row: row[mse], default=None)
-            line.append(f"{row[mse]:.1e}, {row['accuracy']:.0%}: {row['name']}" if row else "-")
-        lines.append(line)
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Paired MSE to the full run against FLOPs and against time."""
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, cost, what in zip(axes, ("flops", "time"), ("FLOPs", "measured time"), strict=True):
-        for index, (family, rows) in enumerate(report["families"].items()):
-            shown = sorted((row for row in rows if row["mse"] > 0), key=lambda row: row[cost])
-            axis.plot(
-                [row[cost] for row in shown],
-                [row["mse"] for row in shown],
-                MARKERS[index % len(MARKERS)],
-                color=colormaps["tab20"](index % 20),
-                label=family,
-                markersize=5,
-            )
-        axis.set(yscale="log", xlabel=f"{what}, of the teacher's full run")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("paired MSE to it")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(f"{report['set']}: {report['samples']} samples, DDIM in {report['steps']} steps", fontsize=10)
-    figure.savefig(path, dpi=130)
-
-
-def tables(report: dict[str, Any]) -> str:
-    """Markdown: `equal_cost_table` by both costs and both references, under what they are of."""
-    full = report["full"]
-    text = (
-        f"{report['set']}, {report['samples']} samples, guidance {report['guidance']:g}. The teacher's full run: DDIM "
-        f"in {report['steps']} steps, accuracy {full['accuracy']:.0%}, {full['seconds']:.3g} s an image, "
-        f"{full['mse_converged']:.1e} from {report['converged']['name']}. {report['machine']}\n"
-    )
-    references = {"mse": "the full run", "mse_converged": report["converged"]["name"]}
-    for cost, what in (("flops", "FLOPs"), ("time", "measured time")):
-        for mse, reference in references.items():
-            text += f"\n**At equal {what}**: paired MSE to {reference}, accuracy: setting\n\n"
-            text += equal_cost_table(report, cost, mse)
-    return text
 
 
 def main() -> None:

@@ -199,7 +199,7 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
     if fixed := _fixed_table(arms, teacher):
         text.append("#### Learned, random and grid boundaries at equal tokens\n\n" + fixed)
     if "baselines" in found:
-        from baselines import tables
+        from equal_cost import tables
 
         picture = f"![Paired MSE against cost](images/baselines-{plan}-{name}.png)"
         text.append(f"#### Against the teacher at equal cost (one seed)\n\n{tables(found['baselines'])}\n{picture}")
@@ -216,8 +216,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _spread(values: list[float], digits: str = ".3g") -> str:
-    """The mean, and lowest to highest where they differ."""
-    low, high, middle = (f"{f(values):{digits}}" for f in (min, max, mean))
+    """The mean, and lowest to highest where they differ; large ones without an exponent."""
+    low, high, middle = (f"{float(f'{f(values):{digits}}'):g}" for f in (min, max, mean))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -368,7 +368,7 @@ def pictures(study: dict[str, Any], folder: Path) -> None:
     for name, found in study["sets"].items():
         _curves(found, folder / f"study-{study['plan']}-{name}.png")
         if "baselines" in found:
-            from baselines import plot
+            from equal_cost import plot
 
             plot(found["baselines"], folder / f"baselines-{study['plan']}-{name}.png")
         if "masks" in found:
