@@ -192,6 +192,7 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
         if names:
             first = [arm for arm in ("exact",) if arm in arms and group is not STARTS]
             text.append(f"#### {heading}\n\n{_arms_table([*first, *names], arms, teacher)}")
+    text.append("#### Where the error and the tokens are\n\n" + _levels_table(arms, teacher))
     note = "A run's checkpoints are at its quarters, and its learning rate falls over its whole length."
     text.append(f"#### Steps to a quality\n\n{note}\n\n{_steps_table(arms, teacher)}")
     budgets = [arm for arm in ("exact", "one budget") if arm in arms]
@@ -295,6 +296,23 @@ def _budget_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any
                     line.append(f"{mean(r['flops'] for r in at) / teacher['flops']:.2f}")
             rows.append(line)
     return _table(["arm", "", "ρ = 0", "0.2", "0.4", "0.6"], rows)
+
+
+def _levels_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """Noise MSE by timestep, of the teacher's, and tokens kept there of real images."""
+    timesteps = list(teacher["val_loss_by_t"])
+    rows = [["teacher", "noise MSE", *(f"{value:.2g}" for value in teacher["val_loss_by_t"].values())]]
+    for name in ("exact", "exact, 4 x", "without balance", "grid boundaries", "random boundaries", "N = 16",
+                 "published, distilled", "teacher trained on"):  # fmt: skip
+        if name not in arms:
+            continue
+        last = _last(arms, name)
+        rows.append([name, "of the teacher's"])
+        for t, value in teacher["val_loss_by_t"].items():
+            rows[-1].append(_spread([row["val_loss_by_t"][t] / value for row in last]))
+        if last[0]["tokens_by_t"][timesteps[0]] is not None:
+            rows.append(["", "tokens", *(f"{mean(r['tokens_by_t'][t] for r in last):.0f}" for t in timesteps)])
+    return _table(["arm", "", *(f"t = {t}" for t in timesteps)], rows)
 
 
 def _fixed_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
