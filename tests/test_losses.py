@@ -154,6 +154,8 @@ def test_weighted_mse():
     a, b = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(losses.weighted_mse(a, b, torch.ones(3)), F.mse_loss(a, b))
     torch.testing.assert_close(losses.weighted_mse(a, b, torch.tensor([0.0, 3, 0])), F.mse_loss(a[1], b[1]))
+    first = losses.weighted_mse(a, b, torch.zeros(3), channels=1)  # the second of two is not weighed
+    torch.testing.assert_close(first, F.mse_loss(a[:, 1], b[:, 1]) / 2)
 
 
 def test_guided_target():

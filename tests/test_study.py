@@ -82,7 +82,7 @@ def graft(tmp_path_factory):
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_left_out_changes_what_it_should(part, graft, monkeypatch):
     for owner, names in ((ChunkedDiT, ("_move", "_cells", "dechunk", "decode")), (chunked_dit, ("LATTICE", "smooth")),
-                         (losses, ("visible_detail",))):  # fmt: skip
+                         (losses, ("visible_detail", "TARGET_FLOOR"))):  # fmt: skip
         for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))  # restored afterwards
     images, labels = digits().held_out()
@@ -113,6 +113,7 @@ def test_a_part_left_out_changes_what_it_should(part, graft, monkeypatch):
         "correction": {"grid", "dropped"},
         "smoothing": {"grid", "dropped"},
         "visibility": {"target"},
+        "target-floor": {"target"},
     }
     assert changed == expected[part]
 

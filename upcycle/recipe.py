@@ -67,9 +67,9 @@ class Losses(_Strict):
     ``flops``: what the blocks' gates leave of their FLOPs over the same groups, against the target; students without
     DyDiT have none.
     ``router``: BCE of the boundary score against the teacher's local detail; decays linearly to a third of its weight
-    over the stage. ``min_snr``: gamma of the min-SNR weight min(snr, gamma) / snr on ``diffusion`` and ``distill``.
-    ``balanced``: their weight sqrt(1 + 2 / snr) instead, so that noisy steps count, whose errors are small; without it
-    they end up worse than the teacher's (docs/results.md).
+    over the stage. ``min_snr``: gamma of the min-SNR weight min(snr, gamma) / snr on the noise in
+    ``diffusion`` and ``distill``. ``balanced``: the weight sqrt(1 + 2 / snr) there instead, so that noisy steps count
+    more, whose errors are small (docs/log.md, "noisy steps").
     """
 
     diffusion: NonNegative = 1.0

@@ -143,7 +143,8 @@ ABLATIONS = {
     "N = 16": Arm("a sixteenth of the positions", _sixteenth("predictability"), equal_tokens=True, quick=True),
     "N = 16, random": Arm("the same, at random", _sixteenth("random"), equal_tokens=True),
     "N = 16, grid": Arm("the same, on a grid twice as coarse as the teacher's", _sixteenth("grid"), equal_tokens=True),
-    "teacher-made data": Arm("following the teacher on its own samples, no data", _follow_teacher, teacher_made=True),
+    "distillation alone": Arm("following the teacher on the data, whose noise it is not told", _follow_teacher),
+    "teacher-made data": Arm("the same on the teacher's own samples: no data", _follow_teacher, teacher_made=True),
     "guided distillation": Arm(
         "following the teacher's guided output: one evaluation a step instead of two", _guided_distillation, guided=True
     ),
@@ -158,6 +159,7 @@ FIRST = (
 DIGITS_ONLY = {
     "without guide", "without controller", "without router's rate", "without distillation", "published losses",
     "without correction", "without smoothing", "cosine router", "published, our losses", "teacher-made data",
+    "distillation alone",
 }  # fmt: skip
 SHAPES_ONLY = {"without lattice", "without cell mean", "without size bias", "without fill", "without visibility"}
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,10 @@ JUDGED_BY = {  # the code that results of a kind are of, beside recipes
     "baselines": ("baselines", "token_merging", "sets", "shapes"),
     "masks": ("masks", "shapes"),
 }
+LOOKED_AT = {
+    "baselines": ("exact", "N = 16", "guided distillation"),
+    "masks": ("exact", "N = 16", "without supervision"),
+}
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,14 @@ class Job:
         if self.kind in ("teacher", "arm"):
             found |= {"held_out": plan.held_out}
         if self.kind == "arm":
-            found |= {"recipe": portable(self.recipe()), "without": ARMS[self.arm].without, "images": plan.images}
+            arm = ARMS[self.arm]
+            found |= {"recipe": portable(self.recipe()), "without": arm.without, "images": plan.images}
+            found |= {"start": arm.start, "tail_drops": list(arm.tail_drops), "equal_tokens": arm.equal_tokens}
+            found |= {"guidance": 1.0 if arm.guided else GUIDANCE}
         if self.kind == "baselines":
             found |= {"full_steps": plan.full_steps, "timed": plan.timed, "repeats": plan.repeats}
+        if self.kind in LOOKED_AT:
+            found["students"] = {arm: replace(self, kind="arm", arm=arm).settings() for arm in LOOKED_AT[self.kind]}
         return found
 
     def inputs(self) -> dict[str, str]:
@@ -208,7 +217,7 @@ def work(job: Job) -> None:
     if job.kind in ("teacher", "arm"):
         from judging import Judge
 
-        guidance = 1.0 if job.arm and ARMS[job.arm].guided else GUIDANCE
+        guidance = job.settings().get("guidance", GUIDANCE)
         judge = Judge(study_set, job.samples, plan.held_out, Path(job.out, job.set), job.device, guidance)
         found |= train_and_judge(job, judge) if job.kind == "arm" else {"teacher": judge.judge_teacher()}
     elif job.kind == "baselines":
@@ -236,8 +245,7 @@ def work(job: Job) -> None:
 
 def exports(job: Job) -> dict[str, str]:
     """The students, of the job's seed, that baselines or masks look at and that have been run."""
-    arms = ("exact", "N = 16", "guided distillation" if job.kind == "baselines" else "without supervision")
-    folders = {arm: Path(job.out, job.set, f"{slug(arm)}-{job.seed}", "run", "export") for arm in arms}
+    folders = {arm: replace(job, kind="arm", arm=arm).folder / "run" / "export" for arm in LOOKED_AT[job.kind]}
     return {arm: str(folder) for arm, folder in folders.items() if folder.exists()}
 
 

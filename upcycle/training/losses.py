@@ -93,14 +93,21 @@ def balanced_weight(alpha_bar: torch.Tensor) -> torch.Tensor:
     """sqrt(1 + 2 / snr): alpha_bar [B] -> [B].
 
     The noise MSE of a trained model falls with the noise by more than three orders of magnitude; this weight takes off
-    about half of them. An alpha_bar of 0 counts as 1e-6, the noisiest that a linear schedule comes near to.
+    about half of them. An alpha_bar below 1e-6 counts as 1e-6 (DiT's schedule ends at 4e-5).
     """
     return (1 + 2 * (1 - alpha_bar) / alpha_bar.clamp(min=1e-6)).sqrt()
 
 
-def weighted_mse(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean over samples of weight [B] times each sample's MSE, a scalar; prediction and target [B, ...]."""
-    return (weight * (prediction - target).square().flatten(1).mean(1)).mean()
+def weighted_mse(
+    prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, channels: int | None = None
+) -> torch.Tensor:
+    """Mean over samples of weight [B] times each sample's MSE, a scalar; prediction and target [B, C, ...].
+
+    Only the first ``channels`` of C are weighed; default: all.
+    """
+    error = (prediction - target).square().flatten(2).mean(2)
+    channels = error.shape[1] if channels is None else channels
+    return torch.cat([weight[:, None] * error[:, :channels], error[:, channels:]], dim=1).mean()
 
 
 def guided_target(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, channels: int) -> torch.Tensor:

@@ -183,7 +183,8 @@ class Updater:
             terms["variational"] = self.bound(sample, batch.x0, question.x_t, batch.timestep).mean()
         if weight.distill:
             assert question.answer is not None
-            terms["distill"] = losses.weighted_mse(sample, question.answer, per_sample)
+            # Of the learned sigma the error does not fall with the noise: it is not weighed.
+            terms["distill"] = losses.weighted_mse(sample, question.answer, per_sample, channels)
         if recorder:
             terms["blocks"] = block_loss(recorder, routing, self.student)
         if weight.ratio and self.student.routing_module is not None:
