@@ -274,3 +274,37 @@ def test_docs_keep_what_an_earlier_session_ran_with_the_same_settings():
     assert merged["machine"] == ["that", "this"]
     assert merged["hours"] == 2.0
     assert results._with_earlier(now, None, lambda *of: 1) == now
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words", "reached"),
+    [
+        ({60: 1.0}, [{240: 3.0}, {480: 2.0, 1920: 1.5}], "60 steps against more than 1920", True),
+        ({60: 1.0}, [{480: 2.0, 1920: 1.0}], "60 steps against 1920", None),  # it may have been 481
+        ({60: 1.0}, [{1919: 2.0, 1920: 1.0}], "60 steps against 1920", None),
+        ({60: 1.0}, [{1920: 2.0, 1980: 1.0}], "60 steps against 1980", True),
+        ({60: 1.0}, [{60: 2.0, 180: 1.0}, {480: 0.9}], "60 steps against 180", False),  # the earlier one
+        ({60: 2.0, 240: 1.2}, [{1920: 2.0}], "more than 240 steps against more than 1920", None),
+        ({60: 2.0, 240: 1.2}, [{1920: 1.0}], "more than 240 steps against 1920", False),
+    ],
+)
+def test_times_fewer_steps_are_said_as_far_as_checkpoints_tell(ours, theirs, words, reached):
+    assert results._against(ours, theirs, 1.0, 32) == (words, reached)
+
+
+def test_an_aim_is_reached_by_every_seed_or_said_of_some():
+    teacher = {"val_loss": 1.0, "val_loss_by_t": {"50": 1.0}}
+
+    def arm(*losses: float) -> dict:
+        return {
+            str(seed): {"rows": [{"step": 240, "val_loss": loss, "val_loss_by_t": {"50": loss},
+                                  "by_tail_drop": {"0.4": {"val_loss": 2 * loss}}}]}
+            for seed, loss in enumerate(losses)
+        }  # fmt: skip
+
+    within, worst, dropped = results._verdicts({"exact": arm(0.9, 1.01, 1.03)}, teacher).splitlines()
+    assert "0.98 (0.9 to 1.03), 3 seeds. **Reached by 2 of 3 seeds.**" in within
+    assert "**Reached by 1 of 3 seeds.**" in worst
+    assert "**Not reached.**" in dropped
+    curve = results._curve({"exact": arm(0.9, 1.01, 1.03)}, "exact")
+    assert results._first_step(curve, 0.98) == 240  # by the mean: no seed need be below its own mean

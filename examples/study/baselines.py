@@ -4,9 +4,9 @@
     python examples/study/baselines.py --set digits --student exact=runs/digits/export [--out baselines]
 
 The teacher with fewer steps (DDIM and DPM-Solver++), with step holding and with token merging (`token_merging.py`), and
-every student over its tail drops, alone, with step holding and with Lite-CFG. All are judged against the same
-teacher's full DDIM run, guided, from the same seeds. Writes report.json, tables.md and baselines.png. Ten minutes on a
-CPU core.
+every student over its tail drops, alone, with step holding and with Lite-CFG; one that has learned the guided output
+is sampled without guidance, and so without Lite-CFG. All are judged against what the same teacher's DDIM runs converge
+to, guided, from the same seeds. Writes report.json, tables.md and baselines.png. Ten minutes on a CPU core.
 """
 
 import argparse
@@ -38,7 +38,20 @@ from upcycle.sampling.sampler import Hold, Sampling, set_sampler
 
 BATCH = 50
 CONVERGED = 4  # times the steps of the full run: what a solver of high order goes to with fewer
-FEWER = (0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
+STEPS = (
+    1.5,
+    1.25,
+    1.0,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+    0.4,
+    0.35,
+    0.3,
+    0.25,
+    0.2,
+)  # of the full run's; students may cost more, too
 MERGED = (0.25, 0.5, 0.75)
 TAIL_DROPS, HELD_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
 LITE_CFG = ((0.0, 0.4), (0.0, 0.8), (0.2, 0.8))  # in the conditional and in the unconditional half
@@ -71,7 +84,7 @@ def families(
     """All settings by family; the teachers that merge tokens do so until ``context`` ends."""
     multistep = _twin(teacher)
     set_sampler(multistep, "dpm-solver++")
-    fewer = list(dict.fromkeys(round(steps * share) for share in FEWER))
+    counts = list(dict.fromkeys(round(steps * share) for share in STEPS))
 
     def of(
         name: str,
@@ -84,8 +97,8 @@ def families(
         return Setting(name, Variant("", pipe, Sampling(count, guidance, hold=hold), rho))
 
     found = {
-        "teacher, fewer steps (DDIM)": [of(f"{n} steps", teacher, n) for n in fewer],
-        "teacher, fewer steps (DPM-Solver++)": [of(f"{n} steps", multistep, n) for n in (steps, *fewer)],
+        "teacher, steps (DDIM)": [of(f"{n} steps", teacher, n) for n in counts],
+        "teacher, steps (DPM-Solver++)": [of(f"{n} steps", multistep, n) for n in counts],
         "teacher, holding": [of(f"asked every {n}", teacher, hold=Hold(n)) for n in (2, 3, 4)],
         "teacher, token merging": [
             _merged(teacher, ratio, first, steps, context)
@@ -155,9 +168,8 @@ def measure_baselines(
         ``set``, ``steps``, ``guidance``, ``samples``, ``timed_samples``, ``repeats``, ``machine``, ``minutes``; rows:
         ``full``, ``converged`` (DDIM with `CONVERGED` times the steps; not timed) and by family ``families``. A row:
         ``name``; ``flops``, ``time``: shares of the full run's (the latter the median of the rounds' ratios);
-        ``seconds`` an image (median); ``asked`` steps; ``mse``, ``mse_converged``: paired MSE to the full and to the
-        converged run (pixels in [-1, 1]); ``accuracy`` of the set's classifier; ``kid``, ``frechet``: of its features,
-        to the reference images'.
+        ``seconds`` an image (median); ``asked`` steps; ``mse``: paired MSE to the converged run (pixels in [-1, 1]);
+        ``accuracy`` of the set's classifier; ``kid``, ``frechet``: of its features, to the reference images'.
 
     Raises:
         UpcycleError: an export cannot be read.
@@ -187,8 +199,7 @@ def measure_baselines(
             "name": setting.name,
             "flops": setting.share * drawn.flops / whole.flops,
             "asked": drawn.asked,
-            "mse": (drawn.latents - whole.latents).square().mean().item(),
-            "mse_converged": (drawn.latents - limit.latents).square().mean().item(),
+            "mse": (drawn.latents - limit.latents).square().mean().item(),
             "accuracy": (logits.argmax(1) == torch.tensor(labels)).float().mean().item(),
             "kid": kid[KEY_METRIC_KID_MEAN],
             "frechet": frechet(feature_statistics(features), reference_statistics),
@@ -230,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=("digits", "shapes"), default="digits")
     parser.add_argument("--student", action="append", default=[], metavar="NAME=FOLDER", help="may be given again")
+    parser.add_argument("--guided", action="append", default=[], metavar="NAME", help="has learned the guided output")
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--timed-samples", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
@@ -237,12 +249,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("baselines"))
     options = parser.parse_args()
     students = {name: folder for name, _, folder in (one.rpartition("=") for one in options.student)}
+    if unknown := set(options.guided) - set(students):
+        parser.error(f"--guided {min(unknown)}: there is no --student of this name")
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     study_set = digits() if options.set == "digits" else shapes(Path())  # nothing is trained
     report = measure_baselines(
         study_set,
         students,
+        guided=options.guided,
         samples=options.samples,
         timed_samples=options.timed_samples,
         repeats=options.repeats,

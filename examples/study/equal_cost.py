@@ -1,4 +1,4 @@
-"""What `baselines.py` measured, as tables and a picture: who is nearest to the teacher's samples at equal cost."""
+"""What `baselines.py` measured, as tables and a picture: who is best at equal cost."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,72 +10,79 @@ BUDGETS = (1.5, 1.25, 1.0, 0.75, 0.5, 0.35, 0.25)
 TOLERANCE = 0.03  # holding asks in the first and the last step too
 MARKERS = "oXsPD^v<>ph*"
 Cost = Literal["flops", "time"]
+Metric = Literal["mse", "frechet"]
+COSTS: dict[Cost, str] = {"flops": "FLOPs", "time": "measured time"}
+METRICS: dict[Metric, str] = {"mse": "paired MSE", "frechet": "Fréchet distance"}
 Row = dict[str, Any]
 
 
-def best(rows: list[Row], cost: Cost, budget: float) -> Row | None:
-    """The setting within a budget, a share of the full run's cost, whose samples are nearest to the converged run's."""
+def best(rows: list[Row], cost: Cost, budget: float, metric: Metric) -> Row | None:
+    """The best setting within a budget, a share of the full run's cost; None where all cost more."""
     within = [row for row in rows if row[cost] <= budget + TOLERANCE]
-    return min(within, key=lambda row: row["mse_converged"], default=None)
+    return min(within, key=lambda row: row[metric], default=None)
 
 
-def equal_cost_table(report: dict[str, Any], cost: Cost) -> str:
-    """Markdown: by family and budget the `best` setting: paired MSE to the converged run, class accuracy, its name.
-    The nearest of a budget is bold; the last row says how many times farther the nearest student is than the nearest
-    teacher."""
-    by_family: dict[str, list[Row]] = report["families"]
-    head = [{"flops": "FLOPs", "time": "measured time"}[cost], *(f"{budget:.2f}" for budget in BUDGETS)]
-    found = {family: [best(rows, cost, budget) for budget in BUDGETS] for family, rows in by_family.items()}
-    columns = list(zip(*found.values(), strict=True))
-    nearest = [min((row["mse_converged"] for row in column if row), default=None) for column in columns]
-    lines = [head, ["---"] * len(head)]
-    for family, row in found.items():
-        cells = []
-        for one, least in zip(row, nearest, strict=True):
-            mse = f"{one['mse_converged']:.1e}" if one else ""
-            mse = f"**{mse}**" if one and one["mse_converged"] == least else mse
-            cells.append(f"{mse}, {one['accuracy']:.0%}: {one['name']}" if one else "-")
-        lines.append([family, *cells])
-    times = []
-    for column in columns:
-        mse = {family: row["mse_converged"] for family, row in zip(found, column, strict=True) if row}
-        theirs = min((mse[family] for family in mse if is_teacher(family)), default=None)
-        ours = min((mse[family] for family in mse if not is_teacher(family)), default=None)
-        times.append(f"{ours / theirs:.2g}" if ours and theirs else "-")
-    lines.append(["students' distance over the teacher's", *times])
+def sides(report: dict[str, Any], cost: Cost, budget: float, metric: Metric) -> tuple[Row | None, Row | None]:
+    """The best of the teacher's settings and the best of the students' within a budget, with their ``family``."""
+    found: list[Row | None] = []
+    for is_teacher in (True, False):
+        rows = [
+            {**row, "family": family}
+            for family, rows in report["families"].items()
+            if family.startswith("teacher, ") == is_teacher
+            for row in rows
+        ]
+        found.append(best(rows, cost, budget, metric))
+    return found[0], found[1]
+
+
+def equal_cost_table(report: dict[str, Any], cost: Cost, metric: Metric) -> str:
+    """Markdown: by family and budget the `best` setting: the metric, class accuracy, its name; the best of a budget is
+    bold. The last row: the best student's metric over the best teacher's."""
+    lines = [[COSTS[cost], *(f"{budget:g}" for budget in BUDGETS)], ["---"] * (1 + len(BUDGETS))]
+    pairs = [sides(report, cost, budget, metric) for budget in BUDGETS]
+    least = [min((row[metric] for row in pair if row), default=None) for pair in pairs]
+    for family, rows in report["families"].items():
+        line = [family]
+        for budget, first in zip(BUDGETS, least, strict=True):
+            row = best(rows, cost, budget, metric)
+            if row is None:
+                line.append("-")
+                continue
+            value = f"{row[metric]:.1e}" if metric == "mse" else f"{row[metric]:.1f}"
+            line.append(f"{f'**{value}**' if row[metric] == first else value}, {row['accuracy']:.0%}: {row['name']}")
+        lines.append(line)
+    ratios = [f"{ours[metric] / theirs[metric]:.2f}" if ours and theirs else "-" for theirs, ours in pairs]
+    lines.append(["students over teacher", *ratios])
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def is_teacher(family: str) -> bool:
-    return family.startswith("teacher")
-
-
-def verdict(report: dict[str, Any]) -> str:
-    """Whether any student is nearer than the teacher at any budget, in a sentence."""
+def verdict(report: dict[str, Any], metric: Metric) -> str:
+    """Whether any student is ahead of the teacher at any budget, in a sentence."""
     won = []
-    for cost in ("flops", "time"):
+    for cost, what in COSTS.items():
         for budget in BUDGETS:
-            rows = {family: best(rows, cost, budget) for family, rows in report["families"].items()}
-            known = {family: row["mse_converged"] for family, row in rows.items() if row}
-            first = min(known, key=known.__getitem__, default="teacher")
-            if not is_teacher(first):
-                won.append(f"{first} at {budget:g} of its {'FLOPs' if cost == 'flops' else 'time'}")
+            theirs, ours = sides(report, cost, budget, metric)
+            if theirs and ours and ours[metric] < theirs[metric]:
+                won.append(f"`{ours['family']}` ({ours['name']}) at {budget:g} of the full run's {what}")
     if won:
-        return f"Nearer to the teacher's converged run than the teacher itself for less: {'; '.join(won)}."
-    return "**No student wins**: at every budget the teacher itself is nearer to its converged run, for less."
+        return f"By {METRICS[metric]} students are ahead here: {'; '.join(won)}."
+    return f"**By {METRICS[metric]} no student is ahead** of its teacher at any budget."
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Markdown: `verdict` and `equal_cost_table` by both costs, under what they are of."""
+    """Markdown: by both metrics the `verdict` and an `equal_cost_table` for both costs, under what they are of."""
     full = report["full"]
     text = (
         f"{report['set']}, {report['samples']} samples, guidance {report['guidance']:g}. Cost is of the teacher's full "
         f"run: DDIM in {report['steps']} steps, accuracy {full['accuracy']:.0%}, {full['seconds']:.3g} s an image, "
-        f"{full['mse_converged']:.1e} from its converged run, {report['converged']['name']}. Cells: paired MSE to "
-        f"that, accuracy, setting. {report['machine']}\n\n{verdict(report)}\n"
+        f"paired MSE {full['mse']:.1e} to {report['converged']['name']}, and so are all paired MSEs here. Cells: the "
+        f"metric, accuracy, setting. {report['machine']}\n"
     )
-    for cost in ("flops", "time"):
-        text += "\n" + equal_cost_table(report, cost)
+    for metric in METRICS:
+        text += f"\n{verdict(report, metric)}\n"
+        for cost in COSTS:
+            text += "\n" + equal_cost_table(report, cost, metric)
     return text
 
 
@@ -83,12 +90,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Paired MSE to the converged run against FLOPs and against time."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, cost, what in zip(axes, ("flops", "time"), ("FLOPs", "measured time"), strict=True):
+    for axis, (cost, what) in zip(axes, COSTS.items(), strict=True):
         for index, (family, rows) in enumerate(report["families"].items()):
             shown = sorted(rows, key=lambda row: row[cost])
             axis.plot(
                 [row[cost] for row in shown],
-                [row["mse_converged"] for row in shown],
+                [row["mse"] for row in shown],
                 MARKERS[index % len(MARKERS)],
                 color=colormaps["tab20"](index % 20),
                 label=family,

@@ -147,12 +147,15 @@ What upcycling gives, measured by one command that anyone can run again. This pa
 
 How to read it. A row is an arm: a recipe of `upcycle finetune`, described in `examples/study/arms.py`. All of a set
 have the same number of steps and the same batch size, unless the name says otherwise; students see the same batches.
-Figures are means over the seeds, with the lowest and highest where there are several.
+Figures are means over the seeds, with the lowest and highest where there are several; how many there are, the table
+says.
 
 **Noise MSE** is that on held-out images at ten timesteps, divided by the teacher's; *worst level* is the largest such
-ratio of the ten, most often at the noisiest, where a teacher's error is a thousandth of the mean. **Paired MSE**:
-mean squared distance of samples to the teacher's from the same seeds, pixels in [-1, 1]; DDIM, 20 steps, guidance 2.
-Of arms that learn from data it counts what they learn, too, as a distance: the teacher trained on moves by it.
+ratio of the ten, most often at the noisiest, where a teacher's error is a thousandth of the mean; losses of the
+published arms and of those from scratch do not weigh noise levels. **Paired MSE**: mean squared distance of samples to
+the teacher's from the same seeds, pixels in [-1, 1]; DDIM, 20 steps, guidance 2. Of arms that learn from data it counts
+what they learn, too, as a distance: the teacher trained on moves by it. `guided distillation` has learned the guided
+output: it samples without guidance, at half of the evaluations, and has no noise MSE that would mean something.
 **Class**: share of samples that a classifier reads as what they should be. **Fréchet** distance and **KID** are in
 the 64 features of that classifier: the one that ships with the digits, or the shapes' own (`examples/study/sets.py`);
 with so few samples both mean something for large gaps only. **Tokens** and **FLOPs** (of the teacher's) are those of
@@ -178,7 +181,7 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
     )
     text.append(
         f"The teacher: noise MSE {teacher['val_loss']:.4f}, class {teacher['accuracy']:.0%}, Fréchet "
-        f"{teacher['frechet']:.1f}, KID {teacher['kid']:.2g}; with half the steps its samples move by a paired MSE of "
+        f"{teacher['frechet']:.1f}, KID {teacher['kid']:.0f}; with half the steps its samples move by a paired MSE of "
         f"{teacher['half_the_steps_mse']:.2g}. The classifier reads {teacher['classifier']:.1%} of held-out images "
         "right."
     )
@@ -193,7 +196,11 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
             first = [arm for arm in ("exact",) if arm in arms and group is not STARTS]
             text.append(f"#### {heading}\n\n{_arms_table([*first, *names], arms, teacher)}")
     text.append("#### Where the error and the tokens are\n\n" + _levels_table(arms, teacher))
-    note = "A run's checkpoints are at its quarters, and its learning rate falls over its whole length."
+    note = (
+        "The first checkpoint at which the mean over the seeds is there. A run's checkpoints are at its quarters, and "
+        "its learning rate falls over its whole length. The exact start does not count: at step 0 it is its teacher, "
+        "on the teacher's grid; what is asked is when it is back, with a router of its own."
+    )
     text.append(f"#### Steps to a quality\n\n{note}\n\n{_steps_table(arms, teacher)}")
     budgets = [arm for arm in ("exact", "one budget") if arm in arms]
     text.append("#### Quality against ρ\n\n" + _budget_table(budgets, arms, teacher))
@@ -236,15 +243,17 @@ def _arms_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any])
             "FLOPs", "at ρ = 0.4: noise MSE", "paired MSE", "FLOPs"]  # fmt: skip
     rows = []
     for name in names:
-        last = _last(arms, name)
-        line = [name, ARMS[name].what, str(len(last)), _spread([row["val_loss"] / teacher["val_loss"] for row in last]),
-                _spread([_worst(row, teacher) for row in last]), _spread([row["paired_mse"] for row in last], ".2g"),
+        last, guided = _last(arms, name), ARMS[name].guided
+        noise, worst = [row["val_loss"] / teacher["val_loss"] for row in last], [_worst(row, teacher) for row in last]
+        line = [name, ARMS[name].what, str(len(last)), "" if guided else _spread(noise),
+                "" if guided else _spread(worst), _spread([row["paired_mse"] for row in last], ".2g"),
                 _spread([100 * row["accuracy"] for row in last], ".0f") + " %", _spread([r["frechet"] for r in last]),
                 _spread([row["kid"] for row in last], ".2g"), f"{mean(row['tokens'] for row in last):.0f}",
                 f"{mean(row['flops'] for row in last) / teacher['flops']:.2f}"]  # fmt: skip
         dropped = [row["by_tail_drop"]["0.4"] for row in last if "by_tail_drop" in row]
         if dropped:
-            line += [_spread([row["val_loss"] / teacher["val_loss"] for row in dropped]),
+            noise = [row["val_loss"] / teacher["val_loss"] for row in dropped]
+            line += ["" if guided else _spread(noise),
                      _spread([row["paired_mse"] for row in dropped], ".2g"),
                      f"{mean(row['flops'] for row in dropped) / teacher['flops']:.2f}"]  # fmt: skip
         else:
@@ -253,29 +262,33 @@ def _arms_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any])
     return _table(head, rows)
 
 
-def _first_step(rows: Rows, loss: float) -> int | None:
-    """The first checkpoint after the start with a noise MSE of at most ``loss``."""
-    return next((row["step"] for row in rows if row["step"] and row["val_loss"] <= loss), None)
+def _curve(arms: dict[str, Any], arm: str) -> dict[int, float]:
+    """Noise MSE by checkpoint after the start, the mean over the seeds."""
+    runs = [run["rows"] for run in arms[arm].values()]
+    return {
+        rows[0]["step"]: mean(row["val_loss"] for row in rows) for rows in zip(*runs, strict=True) if rows[0]["step"]
+    }
+
+
+def _first_step(curve: dict[int, float], loss: float) -> int | None:
+    """The first checkpoint with a noise MSE of at most ``loss``."""
+    return next((step for step, value in curve.items() if value <= loss), None)
 
 
 def _steps_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """Checkpoints at which runs come to the teacher's quality, and to what published upcycling ends with."""
+    """Checkpoints at which arms come to the teacher's quality, and to what others end with."""
     goals = {f"the teacher's noise MSE within {NEAR - 1:.0%}": NEAR * teacher["val_loss"]}
     for arm in ("exact", "published, distilled"):
         if arm in arms:
-            goals[f"what {arm} ends with"] = mean(row["val_loss"] for row in _last(arms, arm))
+            goals[f"what {arm} ends with"] = list(_curve(arms, arm).values())[-1]
     names = [n for n in ("exact", "exact, 4 x", "published", "published, distilled", "from scratch",
                          "from scratch, 8 x", "teacher trained on") if n in arms]  # fmt: skip
     rows = []
     for name in names:
-        line = [name]
-        for goal in goals.values():
-            steps = [_first_step(run["rows"], goal) for run in arms[name].values()]
-            longest = max(run["rows"][-1]["step"] for run in arms[name].values())
-            done = [s for s in steps if s]
-            line.append(_spread(done, ".0f") if len(done) == len(steps) else f"not in {longest}")
-        rows.append(line)
-    return _table(["checkpoint with", *goals], rows)
+        curve = _curve(arms, name)
+        steps = [_first_step(curve, goal) for goal in goals.values()]
+        rows.append([name, str(len(arms[name])), *(str(step or f"not in {max(curve)}") for step in steps)])
+    return _table(["checkpoint with", "seeds", *goals], rows)
 
 
 def _budget_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any]) -> str:
@@ -302,8 +315,9 @@ def _levels_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
     """Noise MSE by timestep, of the teacher's, and tokens kept there of real images."""
     timesteps = list(teacher["val_loss_by_t"])
     rows = [["teacher", "noise MSE", *(f"{value:.2g}" for value in teacher["val_loss_by_t"].values())]]
-    for name in ("exact", "exact, 4 x", "without balance", "grid boundaries", "random boundaries", "N = 16",
-                 "published, distilled", "teacher trained on"):  # fmt: skip
+    for name in ("exact", "exact, 4 x", "without balance", "lower floor", "without supervision", "without visibility",
+                 "one budget", "grid boundaries", "random boundaries", "N = 16", "published, distilled",
+                 "teacher trained on"):  # fmt: skip
         if name not in arms:
             continue
         last = _last(arms, name)
@@ -328,51 +342,61 @@ def _fixed_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
 
 
 def _verdicts(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """What was aimed at, and whether it was reached; None for what these runs cannot decide."""
+    """What was aimed at, and whether it was reached."""
     lines = []
 
-    def say(aim: str, measured: str, reached: bool | None) -> None:
-        word = {True: "Reached", False: "Not reached", None: "Not decided"}[reached]
-        lines.append(f"- {aim}: {measured}. **{word}.**")
+    def say_all(aim: str, measured: str, values: list[float], most: float) -> None:
+        """An aim of every seed."""
+        done = sum(value <= most for value in values)
+        word = {len(values): "Reached", 0: "Not reached"}.get(done, f"Reached by {done} of {len(values)} seeds")
+        seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+        lines.append(f"- {aim}: {measured} × {_spread(values)}, {seeds}. **{word}.**")
 
     for name in ("exact", "exact, 4 x"):
         if name not in arms:
             continue
         last = _last(arms, name)
-        loss, worst = ([f(row) for row in last] for f in (lambda r: r["val_loss"], lambda r: _worst(r, teacher)))
-        ratio = [value / teacher["val_loss"] for value in loss]
-        say(f"`{name}`: the teacher's noise MSE within 2 % at ρ = 0", f"× {_spread(ratio)}", mean(ratio) <= NEAR)
-        say(f"`{name}`: no worse at any noise level", f"at worst × {_spread(worst)}", mean(worst) <= 1.0)
+        noise = [row["val_loss"] / teacher["val_loss"] for row in last]
         dropped = [row["by_tail_drop"]["0.4"]["val_loss"] / teacher["val_loss"] for row in last]
-        say(f"`{name}`: within 5 % at ρ = 0.4", f"× {_spread(dropped)}", mean(dropped) <= 1.05)
-    longest = "from scratch, 8 x" if "from scratch, 8 x" in arms else "from scratch"
-    goals = {"the teacher's noise MSE within 2 %": NEAR * teacher["val_loss"]}
+        say_all(f"`{name}`: the teacher's noise MSE within 2 % at ρ = 0", "it is", noise, NEAR)
+        say_all(f"`{name}`: no worse at any noise level", "at worst", [_worst(row, teacher) for row in last], 1.0)
+        say_all(f"`{name}`: within 5 % at ρ = 0.4", "it is", dropped, 1.05)
+
+    scratch = [_curve(arms, name) for name in ("from scratch", "from scratch, 8 x") if name in arms]
+    goals = []
     if "exact" in arms:
-        goals["what `exact` ends with"] = mean(row["val_loss"] for row in _last(arms, "exact"))
-    for name, goal in goals.items():
-        if "exact" in arms and longest in arms:
-            text, least, most = _ratio(arms["exact"], arms[longest], goal)
-            reached = None if most is None and least < OUR_TARGET else least >= OUR_TARGET
-            say(f"{OUR_TARGET} times fewer steps than from scratch to {name}", text, reached)
-    if "published, distilled" in arms and longest in arms:
-        goal = mean(row["val_loss"] for row in _last(arms, "published, distilled"))
-        text, least, most = _ratio(arms["published, distilled"], arms[longest], goal)
-        reached = None if most is None and least < PAPER_FASTER else least >= PAPER_FASTER
-        say(f"the paper's {PAPER_FASTER} times fewer steps of published upcycling, to what it ends with", text, reached)
+        exact = _curve(arms, "exact")
+        goals = [("the teacher's noise MSE within 2 %", exact, NEAR * teacher["val_loss"], OUR_TARGET),
+                 ("what `exact` ends with", exact, list(exact.values())[-1], OUR_TARGET)]  # fmt: skip
+    if "published, distilled" in arms:
+        published = _curve(arms, "published, distilled")
+        goals.append(("what published upcycling ends with", published, list(published.values())[-1], PAPER_FASTER))
+    for what, curve, goal, times in goals if scratch else []:
+        text, reached = _against(curve, scratch, goal, times)
+        whose = "the paper's " if times == PAPER_FASTER else ""
+        word = {True: "Reached", False: "Not reached", None: "Not decided"}[reached]
+        lines.append(f"- {whose}{times} times fewer steps than from scratch to {what}: {text}. **{word}.**")
     return "\n".join(lines)
 
 
-def _ratio(ours: dict[str, Any], theirs: dict[str, Any], goal: float) -> tuple[str, float, float | None]:
-    """Steps to a noise MSE in words; at least and at most how many times as many ``theirs`` takes (None: not known)."""
+def _against(
+    ours: dict[int, float], theirs: list[dict[int, float]], goal: float, times: int
+) -> tuple[str, bool | None]:
+    """Steps of both to a noise MSE in words, and whether theirs are ``times`` as many; None: these runs cannot tell.
 
-    def first(runs: dict[str, Any]) -> tuple[float, bool]:
-        steps = [_first_step(run["rows"], goal) for run in runs.values()]
-        ends = [run["rows"][-1]["step"] for run in runs.values()]
-        return mean(step or end for step, end in zip(steps, ends, strict=True)), all(steps)
-
-    (mine, am_there), (other, is_there) = first(ours), first(theirs)
-    text = f"{'' if am_there else 'more than '}{mine:.0f} steps against {'' if is_there else 'more than '}{other:.0f}"
-    return text, other / mine if am_there else 0.0, other / mine if is_there else None
+    Runs cross between two checkpoints, so that theirs count by the one before.
+    """
+    mine, end = _first_step(ours, goal), max(step for curve in theirs for step in curve)
+    found = [(step, curve) for curve in theirs if (step := _first_step(curve, goal))]
+    if found:
+        other, curve = min(found, key=lambda one: one[0])
+        before = max((step for step in curve if step < other), default=0)
+    text = f"{mine or f'more than {max(ours)}'} steps against {other if found else f'more than {end}'}"
+    if mine is None:
+        return text, False if found else None
+    if (before if found else end) >= times * mine:
+        return text, True
+    return text, False if found and other < times * mine else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from upcycle.models.chunked_dit import DETAIL_SCALE, Routing
 
 # Fewer tokens than this share of the target desaturate the noisiest steps (docs/how-it-works.md).
 LEAST_SHARE = 2 / 3
-# Deviations in the teacher's x0 estimate below this are no detail. With .03, as before any training, tokens leave the
-# noisy steps for contrasts that hardly show; with .12 hardly any leaves the grid (docs/log.md, 2026-11-26).
+# Deviations of the teacher's x0 estimate below this are no detail. With .03, as in the untrained start, samples are
+# farther from the teacher's; with .12 hardly a token leaves the grid (docs/log.md, "noisy steps").
 TARGET_FLOOR = 0.06
 
 
