@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import yaml
-from arms import ARMS, FIRST, arms_of, recipe_of, slug
+from arms import ARMS, arms_of, recipe_of, slug
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from sets import GUIDANCE, HERE, SHAPES_CLASSIFIER, SHAPES_TEACHER, TRAIN_SEED, Set, digits, shapes, train_classifier
 from shapes import write_shards
@@ -452,7 +452,7 @@ def run_all(options: argparse.Namespace) -> bool:
     def job(kind: str, name: str, arm: str = "", seed: int = 0) -> Job:
         return Job(kind, options.plan, name, str(options.out), options.device, arm, seed)
 
-    # All seeds of the most telling arms first, and the longest runs last: an interrupted study tells something, too.
+    # One seed of everything first, and the longest runs last: an interrupted study tells something, too.
     by_set = [
         sorted(
             (
@@ -461,7 +461,7 @@ def run_all(options: argparse.Namespace) -> bool:
                 for arm in options.arms or arms_of(name, options.quick)
                 if seed == options.seeds[0] or not ARMS[arm].once
             ),
-            key=lambda one: (one.arm not in FIRST, ARMS[one.arm].times),
+            key=lambda one: ARMS[one.arm].times,
         )
         for name in names
     ]
