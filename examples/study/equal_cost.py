@@ -58,15 +58,17 @@ def equal_cost_table(report: dict[str, Any], cost: Cost, metric: Metric) -> str:
 
 
 def verdict(report: dict[str, Any], metric: Metric) -> str:
-    """Whether any student is ahead of the teacher at any budget, in a sentence."""
+    """Whether any student is ahead of the teacher at any budget, and where."""
     won = []
     for cost, what in COSTS.items():
-        for budget in BUDGETS:
-            theirs, ours = sides(report, cost, budget, metric)
-            if theirs and ours and ours[metric] < theirs[metric]:
-                won.append(f"`{ours['family']}` ({ours['name']}) at {budget:g} of the full run's {what}")
+        pairs = [(budget, *sides(report, cost, budget, metric)) for budget in BUDGETS]
+        ahead = [(b, ours) for b, theirs, ours in pairs if theirs and ours and ours[metric] < theirs[metric]]
+        if ahead:
+            families = " and ".join(dict.fromkeys(f"`{ours['family']}`" for _, ours in ahead))
+            won.append(f"at {', '.join(f'{budget:g}' for budget, _ in ahead)} of the full run's {what} ({families})")
     if won:
-        return f"By {METRICS[metric]} students are ahead here: {'; '.join(won)}."
+        of = f"; {report['samples']} samples tell large gaps only" if metric == "frechet" else ""
+        return f"**By {METRICS[metric]} students are ahead** {'; '.join(won)}{of}."
     return f"**By {METRICS[metric]} no student is ahead** of its teacher at any budget."
 
 
