@@ -38,20 +38,8 @@ from upcycle.sampling.sampler import Hold, Sampling, set_sampler
 
 BATCH = 50
 CONVERGED = 4  # times the steps of the full run: what a solver of high order goes to with fewer
-STEPS = (
-    1.5,
-    1.25,
-    1.0,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.35,
-    0.3,
-    0.25,
-    0.2,
-)  # of the full run's; students may cost more, too
+# Of the full run's steps; students may cost more than it, too.
+STEPS = (1.5, 1.25, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MERGED = (0.25, 0.5, 0.75)
 TAIL_DROPS, HELD_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
 LITE_CFG = ((0.0, 0.4), (0.0, 0.8), (0.2, 0.8))  # in the conditional and in the unconditional half
