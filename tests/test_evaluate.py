@@ -200,11 +200,11 @@ def test_wrong_guidance_is_seen_and_rows_say_how_they_were_drawn(tmp_path, faili
     assert wrong["fid"] > 1.5 * right["fid"]
     # Nothing is compared that was drawn otherwise, and nothing is drawn to be compared with it.
     note = notes[-1]
-    assert "not compared: guidance_scale is 1.5 there and 9.0 here" in note
+    assert "not compared: guidance scale is 1.5 there and 9.0 here" in note
     drawn = sorted(path.name for path in (tmp_path / "e.cache").iterdir())
     line = failing("evaluate", *model, "--guidance-scale", 3, "--compare-with", out, "-o", tmp_path / "f.json")
     assert "no row to compare with" in line
-    assert "guidance_scale is 1.5 there and 3.0 here" in line
+    assert "guidance scale is 1.5 there and 3.0 here" in line
     assert not (tmp_path / "f.json").exists()
     assert sorted(path.name for path in (tmp_path / "e.cache").iterdir()) == drawn
     # A folder that says how it was drawn is the same evaluation.
@@ -307,6 +307,9 @@ def bad(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(5))
     np.savez(tmp_path / "pickled.npz", arr_0=np.array([{"a": 1}], dtype=object))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8))
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "text.csv").write_text("no folder")
     (tmp_path / "foreign.json").write_text('{"rows": 1}')
     return tmp_path
 
@@ -325,6 +328,9 @@ def bad(tmp_path):
         ("statistics.npz", "good", (), ["without images"]),
         ("good", "other.npz", (), ["holds x", "arr_0, or mu and sigma"]),
         ("good", "pickled.npz", (), ["no readable .npz"]),
+        ("good", "empty.npz", (), ["holds no images"]),
+        ("good", "text.npz", (), ["text.npz", "zip archive"]),
+        ("good", "text.csv", (), ["is a single file"]),
         ("good", "floats.npz", (), ["float64 [2, 4, 4, 3]", "uint8"]),
         ("good", "good", ("--num", 4), ["holds 3 images", "--num 4"]),
         ("good", "good", ("--num", 1), ["at least 2"]),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from upcycle.cli.sampler import made_hold, parse_hold
+from upcycle.cli.sampler import check_scale, made_hold, parse_hold
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -59,6 +59,7 @@ def compare(
         raise UpcycleError(f"--steps {steps} must be at most 1000, the training's timesteps")
     if not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 4 is usual, 1 is none")
+    check_scale(guidance_scale)
     from upcycle.cli.bench import TAIL_DROPS, parse_drops
     from upcycle.cli.device import enough_memory, to_device
     from upcycle.cli.show import print_json, progress, quiet_libraries, stderr, working

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from upcycle.cli.device import Dtype
-from upcycle.cli.sampler import check_guidance
+from upcycle.cli.sampler import check_guidance, check_scale
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -40,7 +40,9 @@ def evaluate(
             help="What to compare with: .npz in ADM's format, a folder of images or of latents, or digits, digits-val.",
         ),
     ],
-    num: Annotated[int | None, typer.Option(help=f"Samples. Default: {NUM} of a model, all of a folder.")] = None,
+    num: Annotated[
+        int | None, typer.Option("-n", "--num", help=f"Samples. Default: {NUM} of a model, all of a folder.")
+    ] = None,
     features: Annotated[
         Literal["inception", "digits"], typer.Option(help="What looks at the images: Inception, or for 16x16 digits.")
     ] = "inception",
@@ -93,6 +95,7 @@ def evaluate(
         raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 1 is none")
+    check_scale(1.0 if guidance_scale is None else guidance_scale)
     check_guidance(guidance_scale, guidance_channels=guidance_channels)
     if teacher is not None and sweep is None:
         raise UpcycleError("--teacher is what a --sweep is drawn beside; give that too, or evaluate the teacher itself")
@@ -128,6 +131,11 @@ def evaluate(
     with working(f"reading {reference}"):
         compared = open_set(reference, vae, next(extractor.parameters()).device)
     notes: list[str] = []
+
+    def tell(note: str) -> None:
+        notes.append(note)
+        stderr.print(f"note: {note}")
+
     with working(f"loading {judged}"):
         if is_model:
             how: dict[str, Any] = {
@@ -139,9 +147,14 @@ def evaluate(
             pipe = to_device(_load(judged, revision, how), device)
             size: Any = rows.image_size(pipe)
             chosen = list(range(num or NUM))
+            if num is None:
+                tell(f"{NUM:,} samples, as published figures have; --num 1000 is enough for a first look")
         else:
             samples = open_set(judged, vae, next(extractor.parameters()).device)
-            how, size = _how_drawn(judged, given, rows.recorded(judged)), samples.size
+            record = rows.recorded(judged)
+            how, size = _how_drawn(judged, given, record), samples.size
+            if record is None and how:
+                tell(f"{judged} does not say how it was drawn; {', '.join(how).replace('_', ' ')} as you said")
             chosen = rows.chosen_rows(samples, num)
     rows.check_sizes(judged, size, features, compared)
     planned = {**how, "num": len(chosen), "size": list(size), **rows.judged_by(features, compared)}
@@ -160,7 +173,7 @@ def evaluate(
         task = bar.add_task(f"features of {reference}", total=compared.count)
         by = rows.judge(features, extractor, compared, cache, batch_size, lambda count: bar.advance(task, count))
         if len(chosen) <= by.width:
-            notes.append(
+            tell(
                 f"{len(chosen)} samples are no more than the {by.width} features: FID is biased upwards, "
                 "and compares with the same number only"
             )
@@ -206,9 +219,9 @@ def evaluate(
         shown = [*made, *theirs]
     else:
         fit, refused = rows.comparable(made[0], [row for row in others if not rows.is_same(row, made[0])])
-        shown, notes = [*fit, made[0]], notes + refused
-    for note in notes:
-        stderr.print(f"note: {note}")
+        shown = [*fit, made[0]]
+        for why in dict.fromkeys(refused):
+            tell(why)
     if as_json:
         print_json({"out": str(out), "rows": made + theirs, "picture": picture and str(picture), "notes": notes})
         return
@@ -281,21 +294,26 @@ def _table(shown: list[dict[str, Any]]) -> Any:
     from upcycle.cli.show import count
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("model", "ρ", "steps", "FID", "sFID", "KID", "IS", "prec.", "recall", "FLOPs", "s"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=name != "model", overflow="fold")
+    columns = ["model", "ρ", "steps", "FID", "sFID", "KID", "IS", "prec.", "recall", "FLOPs", "s"]
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else f"{value:{form}}"
 
+    lines = []
     for row in shown:
         model, flops, tail = "/".join(Path(row["model"]).parts[-2:]), row["flops_per_image"], row["tail_drop"]
         tail = tail if isinstance(tail, str) else number(tail, "g")  # a schedule is words
-        table.add_row(
+        lines.append([
             model, tail, number(row["steps"], "d"), number(row["fid"], ".2f"), number(row["sfid"], ".2f"),
-            number(row["kid"], ".3g"), number(row["inception_score"], ".2f"), number(row["precision"], ".3f"),
+            number(row["kid"], ".2g"), number(row["inception_score"], ".2f"), number(row["precision"], ".3f"),
             number(row["recall"], ".3f"), "–" if flops is None else count(flops).replace(" ", ""),
-            number(row["seconds_per_image"], ".3g"),
-        )  # fmt: skip
+            number(row["seconds_per_image"], ".2g"),
+        ])  # fmt: skip
+    known = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]  # 80 columns are few
+    for name in (columns[i] for i in known):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=name != "model", overflow="fold")
+    for line in lines:
+        table.add_row(*(line[i] for i in known))
     return table
 
 

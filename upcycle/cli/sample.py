@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from upcycle.cli.device import Dtype
-from upcycle.cli.sampler import Sampler, check_guidance, made_hold, parse_hold, parse_interval
+from upcycle.cli.sampler import Sampler, check_guidance, check_scale, made_hold, parse_hold, parse_interval
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -183,6 +183,7 @@ def sample(
         return
     steps, batch_size = steps or 50, batch_size or 16
     guidance_scale = 4.0 if guidance_scale is None else guidance_scale
+    check_scale(guidance_scale)
     with working(f"loading {model}"):
         patches = getattr(pipe.transformer, "ddit", None)
         coarse.set_schedule(pipe.transformer, model, **coarser)

@@ -16,6 +16,12 @@ def check_guidance(scale: float | None, **options: Any) -> None:
         raise UpcycleError(f"--guidance-scale {scale:g} is no guidance, and --{option} changes it; leave one out")
 
 
+def check_scale(scale: float) -> None:
+    """Raise `UpcycleError` for a scale below 1, which class-conditional sampling would take for 1."""
+    if scale < 1:
+        raise UpcycleError(f"--guidance-scale {scale:g} is less than none; 1 is none, 1.5 to 4 are usual")
+
+
 def parse_interval(text: str | None) -> tuple[int, int] | None:
     """``200:700`` of ``--guidance-interval``; raises `UpcycleError`."""
     if text is None:

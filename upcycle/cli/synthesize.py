@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from upcycle.cli.device import Dtype
+from upcycle.cli.sampler import check_scale
 from upcycle.errors import UpcycleError
 
 EPILOG = """
@@ -104,6 +105,7 @@ def synthesize(
     if wrong := next((name for name, value in only.items() if value is not None), None):
         raise UpcycleError(f"{teacher} draws classes; {wrong} is for pipelines with text, leave it out")
     batch_size = batch_size or 16
+    check_scale(1.5 if guidance_scale is None else guidance_scale)
     with working(f"loading {teacher}"):
         if not local and hub.is_hub_id(teacher):
             _, revision = hub.fetch(teacher, revision=revision, variant=None)  # the commit, for the index

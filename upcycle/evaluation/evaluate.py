@@ -29,6 +29,7 @@ PROTOCOL = (
 )  # fmt: skip
 """Rows are compared only where they agree in all of these. The model, its tail drop, the seed and the arithmetic may
 differ."""
+WORDS = {"num": "n", "reference_sha256": "the reference's hash", "features_sha256": "the extractor's hash"}
 COST = ("flops_per_image", "seconds_per_image", "tokens_kept")
 FORMAT, VERSION = "upcycle-evaluations", 1
 
@@ -205,7 +206,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     for name in PROTOCOL:
         if ours.get(name) != theirs.get(name):
             told = [_told(row.get(name), name) for row in (theirs, ours)]
-            found.append(f"{name} is {told[0]} there and {told[1]} here")
+            found.append(f"{WORDS.get(name, name.replace('_', ' '))} is {told[0]} there and {told[1]} here")
     return found
 
 

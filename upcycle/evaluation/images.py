@@ -61,6 +61,8 @@ def open_set(spec: str, vae: str | None = None, device: str | torch.device = "cp
     if path.suffix == ".npz" and path.is_file():
         return _of_npz(path)
     if not path.is_dir():
+        if path.is_file():
+            raise UpcycleError(f"{spec} is a single file; give a folder of images or latents, or an .npz file")
         raise UpcycleError(f"{spec}: no such folder of images or latents, and no .npz file; check it")
     if (path / INDEX).is_file() or any(path.glob("*.safetensors")):
         return _of_latents(path, vae, device)
@@ -120,6 +122,8 @@ def _of_files(folder: Path) -> ImageSet:
 
 def _of_npz(path: Path) -> ImageSet:
     """``arr_0`` uint8 [n, H, W, 3], and ``mu``, ``sigma``, ``mu_s``, ``sigma_s``, as ADM's files have them."""
+    if not zipfile.is_zipfile(path):  # numpy would speak of pickles
+        raise UpcycleError(f"{path} is no .npz file, which is a zip archive of arrays; make it again")
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name in file.files}
@@ -129,9 +133,9 @@ def _of_npz(path: Path) -> ImageSet:
     images = found.pop("arr_0", None)
     if images is None and not found.keys() >= STATISTICS:
         raise UpcycleError(f"{path} holds {names}; it must hold arr_0, or mu and sigma, as ADM's files do")
-    if images is not None and (
-        images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images)
-    ):
+    if images is not None and images.ndim == 4 and not len(images):
+        raise UpcycleError(f"{path} holds no images: its arr_0 is empty; make it again")
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
         raise UpcycleError(f"{path} has arr_0 of {images.dtype} {list(images.shape)}; it must be uint8 [n, H, W, 3]")
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         shapes = [list(found[name].shape) if name in found else None for name in (mu, sigma)]
