@@ -27,7 +27,9 @@ from upcycle.training.run import prepare
 sys.path.insert(0, str(ROOT / "examples" / "study"))
 import results
 import study
+import summary
 from arms import ARMS, arms_of
+from judging import Judge
 from parts import PARTS, leave_out
 from sets import digits
 from shapes import CLASSES, make_shapes
@@ -221,13 +223,32 @@ def test_results_are_of_this_code(tmp_path):
         assert float(now[key]) == pytest.approx(float(first[key]), rel=0.01), f"{key} of the first steps has changed"
 
 
+def test_results_are_of_the_weights_here_and_judged_alike(tmp_path):
+    """The teachers and the classifier are those that the results are of, and the digits teacher, judged anew, gets the
+    figures that it has: validation, sampling, FLOPs and metrics are as they were."""
+    for name, of_set in json.loads(RESULTS.read_text())["tiny"]["sets"].items():
+        now = study.Job("teacher", "tiny", name, str(tmp_path), "cpu").inputs()
+        for run in (of_set["teacher"], *(run for runs in of_set["arms"].values() for run in runs.values())):
+            assert run["inputs"] == now
+    known = json.loads(RESULTS.read_text())["tiny"]["sets"]["digits"]["teacher"]
+    job = study.Job("teacher", "tiny", "digits", str(tmp_path), "cpu")
+    found = study.as_json(Judge(digits(), job.samples, study.PLANS["tiny"].held_out, tmp_path).judge_teacher())
+    assert found["val_loss_by_t"] == pytest.approx(known["val_loss_by_t"], rel=1e-3)
+    for key in ("accuracy", "frechet", "kid", "flops", "tokens", "half_the_steps_mse", "classifier"):
+        assert found[key] == pytest.approx(known[key], rel=0.01), key
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--quick", "--docs"], "leave out --scale and --docs"),
         (["--scale", "S"], "add --device cuda"),
         (["--scale", "S", "--device", "cuda", "--sets", "digits", "--report"], "--sets digits has no place"),
-        (["--report", "--out", "nowhere"], "there is no nowhere"),
+        (["--report", "--out", "nowhere"], "there is no study in nowhere"),
+        (["--report", "--out", "."], "there is no study in ."),
+        (["--quick", "--seeds", "0", "-1"], "--seeds -1"),
+        (["--quick", "--out", __file__], "is a file"),
+        (["--quick", "--jobs", "0"], "--jobs 0"),
         (["--arms", "exakt"], "exakt"),
     ],
 )
@@ -289,7 +310,7 @@ def test_docs_keep_what_an_earlier_session_ran_with_the_same_settings():
     ],
 )
 def test_times_fewer_steps_are_said_as_far_as_checkpoints_tell(ours, theirs, words, reached):
-    assert results._against(ours, theirs, 1.0, 32) == (words, reached)
+    assert summary._against(ours, theirs, 1.0, 32) == (words, reached)
 
 
 def test_an_aim_is_reached_by_every_seed_or_said_of_some():
@@ -302,9 +323,22 @@ def test_an_aim_is_reached_by_every_seed_or_said_of_some():
             for seed, loss in enumerate(losses)
         }  # fmt: skip
 
-    within, worst, dropped = results._verdicts({"exact": arm(0.9, 1.01, 1.03)}, teacher).splitlines()
+    within, worst, dropped = summary.aims({"exact": arm(0.9, 1.01, 1.03)}, teacher).splitlines()
     assert "0.98 (0.9 to 1.03), 3 seeds. **Reached by 2 of 3 seeds.**" in within
     assert "**Reached by 1 of 3 seeds.**" in worst
     assert "**Not reached.**" in dropped
-    curve = results._curve({"exact": arm(0.9, 1.01, 1.03)}, "exact")
-    assert results._first_step(curve, 0.98) == 240  # by the mean: no seed need be below its own mean
+    curve = summary.curve_of({"exact": arm(0.9, 1.01, 1.03)}, "exact")
+    assert summary.first_step(curve, 0.98) == 240  # by the mean: no seed need be below its own mean
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "word"),
+    [
+        ([1.0, 1.1], [0.8, 0.99], "better"),
+        ([1.0, 1.1], [0.8, 1.01], "even"),  # a seed of one is beyond a seed of the other
+        ([1.0, 1.0], [0.99, 0.985], "even"),  # less than 2 %
+        ([1.0, 1.0], [1.2, 1.01], "worse"),
+    ],
+)
+def test_claims_are_told_by_all_seeds_and_by_what_matters(before, after, word):
+    assert summary.compared("noise MSE", before, after) == word

@@ -20,6 +20,7 @@ from upcycle.training.losses import local_deviation
 
 sys.path.insert(0, str(ROOT / "examples" / "study"))
 import masks
+import masks_report
 from shapes import make_shapes
 
 TIMES = (0, 300, 900)
@@ -118,9 +119,10 @@ def test_report_against_the_model_asked_directly(report, folders):
 def test_rows_of_a_report(report):
     rows = report["rows"]
     assert {name: row["kind"] for name, row in rows.items()} == {
-        "tiny": "student", "alike": "student", "tiny, untrained": "untrained", "alike, untrained": "untrained",
+        "tiny": "student", "alike": "student", "tiny, untrained": "untrained",
         "gradient": "detector", "gradient, blurred": "detector", "deviation": "detector",
-        "deviation, blurred": "detector", "deviation of the teacher's x0": "supervision",
+        "deviation, blurred": "detector", "mean mask": "prior", "mean mask of the class": "prior",
+        "deviation of the teacher's x0": "supervision",
     }  # fmt: skip
     assert rows["tiny"] == rows["alike"]
     assert rows["tiny"]["by_t"] != rows["tiny, untrained"]["by_t"]
@@ -132,6 +134,9 @@ def test_rows_of_a_report(report):
             numbers = [n for of_unit in step["auc"].values() for n in of_unit.values()]
             assert all(0 <= n["mean"] <= 1 for n in numbers)
             assert all((n.get("sigma") in masks.SIGMAS) == name.endswith("blurred") for n in numbers)
+    mean, of_class = (rows[name]["by_t"] for name in ("mean mask", "mean mask of the class"))
+    assert mean[0]["auc"] == mean[2]["auc"], "it looks at no image"
+    assert of_class[0]["auc"]["positions"]["mask"]["mean"] > mean[0]["auc"]["positions"]["mask"]["mean"] > 0.9
     clear, noise = (rows["gradient"]["by_t"][k]["auc"]["positions"]["outline"]["mean"] for k in (0, 2))
     assert clear > 0.75 > 0.6 > noise
 
@@ -151,7 +156,7 @@ def test_numbers_that_do_not_exist_are_dashes(report):
     lacking = json.loads(to_json(report))
     lacking["rows"]["tiny"]["by_t"][0]["auc"]["windows"]["mask"] = {"mean": None, "standard_error": None}
     assert masks.table(lacking).count("| tiny | - |") == 1
-    assert not masks._known(math.nan)
+    assert not masks_report._known(math.nan)
 
 
 def test_what_is_no_student_is_refused(folders):

@@ -3,10 +3,11 @@
     upcycle finetune recipes/digits.yaml
     python examples/study/baselines.py --set digits --student exact=runs/digits/export [--out baselines]
 
-The teacher with fewer steps (DDIM and DPM-Solver++), with step holding and with token merging (`token_merging.py`), and
-every student over its tail drops, alone, with step holding and with Lite-CFG; one that has learned the guided output
-is sampled without guidance, and so without Lite-CFG. All are judged against what the same teacher's DDIM runs converge
-to, guided, from the same seeds. Writes report.json, tables.md and baselines.png. Ten minutes on a CPU core.
+The teacher with fewer steps (DDIM and DPM-Solver++), with less guidance, with step holding and with token merging
+(`token_merging.py`), and every student over its tail drops, alone, with fewer steps, with less guidance, with step
+holding and with Lite-CFG; one that has learned the guided output is sampled without guidance, and so without less and
+without Lite-CFG. All are judged against what the same teacher's DDIM runs converge to, guided, from the same seeds.
+Writes report.json, tables.md and baselines.png. Twenty minutes on a CPU core.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,10 @@ from diffusers import DiTPipeline
 from equal_cost import plot, tables
 from sets import GUIDANCE, Set, digits, shapes
 from token_merging import merged_flops, merging
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from upcycle.evaluation.compare import Drawn, Variant, draw, time_in_turn
 from upcycle.evaluation.flops import dit_flops
-from upcycle.evaluation.metrics import KID_SUBSET, frechet
+from upcycle.evaluation.metrics import frechet
 from upcycle.evaluation.metrics import statistics as feature_statistics
 from upcycle.evaluation.speed import machine
 from upcycle.output import to_json
@@ -41,7 +41,9 @@ CONVERGED = 4  # times the steps of the full run: what a solver of high order go
 # Of the full run's steps; students may cost more than it, too.
 STEPS = (1.5, 1.25, 1.0, 0.8, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2)
 MERGED = (0.25, 0.5, 0.75)
-TAIL_DROPS, HELD_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6)
+TAIL_DROPS, HELD_TAIL_DROPS, FEW_TAIL_DROPS = (0.0, 0.2, 0.4, 0.6), (0.0, 0.3, 0.6), (0.0, 0.4)
+FEW_STEPS = (0.5, 0.2)  # students', and under less guidance
+LESS_GUIDANCE = (1.5, 1.25, 1.0)
 LITE_CFG = ((0.0, 0.4), (0.0, 0.8), (0.2, 0.8))  # in the conditional and in the unconditional half
 
 
@@ -73,6 +75,7 @@ def families(
     multistep = _twin(teacher)
     set_sampler(multistep, "dpm-solver++")
     counts = list(dict.fromkeys(round(steps * share) for share in STEPS))
+    few = [round(steps * share) for share in FEW_STEPS]
 
     def of(
         name: str,
@@ -87,6 +90,9 @@ def families(
     found = {
         "teacher, steps (DDIM)": [of(f"{n} steps", teacher, n) for n in counts],
         "teacher, steps (DPM-Solver++)": [of(f"{n} steps", multistep, n) for n in counts],
+        "teacher, less guidance": [
+            of(f"{g:g}, {n} steps", teacher, n, guidance=g) for g in LESS_GUIDANCE for n in (steps, *few)
+        ],
         "teacher, holding": [of(f"asked every {n}", teacher, hold=Hold(n)) for n in (2, 3, 4)],
         "teacher, token merging": [
             _merged(teacher, ratio, first, steps, context)
@@ -99,12 +105,21 @@ def families(
         set_sampler(pipe, "ddim")
         guidance = 1.0 if name in guided else GUIDANCE
         found[f"{name} at ρ"] = [of(f"ρ = {rho:g}", pipe, rho=rho, guidance=guidance) for rho in TAIL_DROPS]
+        found[f"{name}, fewer steps"] = [
+            of(f"ρ = {rho:g}, {n} steps", pipe, n, rho=rho, guidance=guidance) for rho in FEW_TAIL_DROPS for n in few
+        ]
         found[f"{name}, holding"] = [
             of(f"ρ = {rho:g}, asked every {n}", pipe, hold=Hold(n), rho=rho, guidance=guidance)
             for rho in HELD_TAIL_DROPS
             for n in (2, 3)
         ]
         if name not in guided:
+            found[f"{name}, less guidance"] = [
+                of(f"{g:g}, ρ = {rho:g}, {n} steps", pipe, n, rho=rho, guidance=g)
+                for g in LESS_GUIDANCE
+                for rho in FEW_TAIL_DROPS
+                for n in (steps, few[-1])
+            ]
             found[f"{name}, Lite-CFG"] = [
                 Setting(f"ρ = {rho:g} and {lite:g}", LiteVariant("", pipe, Sampling(steps, GUIDANCE), rho, lite))
                 for rho, lite in LITE_CFG
@@ -137,7 +152,6 @@ def measure_baselines(
     timed_samples: int,
     repeats: int,
     steps: int = 50,
-    step: Callable[[], None] = lambda: None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Draw with every setting of every family, compare with the teacher's full run, and time.
@@ -149,7 +163,6 @@ def measure_baselines(
         timed_samples: of them, those of the timed rounds.
         repeats: timed rounds, in each of which all settings take their turn, and the full run in front of each family.
         steps: of the full run.
-        step: called after every step of a drawn batch, and after every turn of a timed round.
         device: of the models.
 
     Returns:
@@ -157,7 +170,7 @@ def measure_baselines(
         ``full``, ``converged`` (DDIM with `CONVERGED` times the steps; not timed) and by family ``families``. A row:
         ``name``; ``flops``, ``time``: shares of the full run's (the latter the median of the rounds' ratios);
         ``seconds`` an image (median); ``asked`` steps; ``mse``: paired MSE to the converged run (pixels in [-1, 1]);
-        ``accuracy`` of the set's classifier; ``kid``, ``frechet``: of its features, to the reference images'.
+        ``accuracy`` of the set's classifier; ``frechet``: distance of its features to the reference images'.
 
     Raises:
         UpcycleError: an export cannot be read.
@@ -165,15 +178,14 @@ def measure_baselines(
     """
     begun = time.perf_counter()
     labels, seeds = [i % study_set.classes for i in range(samples)], list(range(samples))
-    reference = study_set.look(study_set.reference())[0]
-    reference_statistics = feature_statistics(reference)
+    reference = feature_statistics(study_set.look(study_set.reference())[0])
     teacher = load_pipeline(study_set.teacher).to(device)
     set_sampler(teacher, "ddim")
     full = Setting(f"{steps} steps", Variant("", teacher, Sampling(steps, GUIDANCE)))
     converged = Setting(f"{CONVERGED * steps} steps", Variant("", teacher, Sampling(CONVERGED * steps, GUIDANCE)))
 
     def drawn_by(setting: Setting) -> Drawn:
-        drawn = draw(setting.variant, labels, seeds, batch_size=BATCH, step=step)
+        drawn = draw(setting.variant, labels, seeds, batch_size=BATCH)
         drawn.latents = drawn.latents.clamp(-1, 1)
         return drawn
 
@@ -181,16 +193,13 @@ def measure_baselines(
 
     def row_of(setting: Setting, drawn: Drawn) -> dict[str, Any]:
         features, logits = study_set.look(drawn.latents)
-        subset = min(KID_SUBSET, len(features), len(reference))
-        kid = kid_features_to_metric(features, reference, kid_subset_size=subset, verbose=False)
         return {
             "name": setting.name,
             "flops": setting.share * drawn.flops / whole.flops,
             "asked": drawn.asked,
             "mse": (drawn.latents - limit.latents).square().mean().item(),
             "accuracy": (logits.argmax(1) == torch.tensor(labels)).float().mean().item(),
-            "kid": kid[KEY_METRIC_KID_MEAN],
-            "frechet": frechet(feature_statistics(features), reference_statistics),
+            "frechet": frechet(feature_statistics(features), reference),
         }
 
     report: dict[str, Any] = {
@@ -212,7 +221,7 @@ def measure_baselines(
         # A machine's speed changes within a round too: each family is compared with the full run in front of it.
         turns = [v for settings in by_family.values() for v in (full.variant, *(one.variant for one in settings))]
         timed = slice(timed_samples)
-        seconds = iter(time_in_turn(turns, labels[timed], seeds[timed], repeats, batch_size=BATCH, step=step))
+        seconds = iter(time_in_turn(turns, labels[timed], seeds[timed], repeats, batch_size=BATCH))
     wholes = []
     for rows in report["families"].values():
         wholes.append(next(seconds))

@@ -5,12 +5,13 @@
 Held-out shapes are noised to each timestep, the noise of an image being the same at every timestep and for every
 student. Counted are the tokens kept and how many of them lie on the object. The boundary logit is read as a detector:
 its area under the ROC curve (AUC) against two targets, the object's mask and the band of its outline, an image at a
-time. Beside it stand the untrained graft that a student started from, plain detectors on the same x_t, and what the
-router is supervised with.
+time. Beside it stand the untrained graft that a student started from, plain detectors on the same x_t, what the router
+is supervised with, and two maps that look at no image: the mean mask of other shapes, and that of the image's class.
 
 On a grid the logit alternates between neighbours by construction, which lowers the AUC by position whatever the router
 knows. So every AUC is given twice: by position, and by window, of means over 4 x 4 positions, in which the lattice of a
-teacher of patch 2 cancels. Students and the teacher are told the class, which detectors are not.
+teacher of patch 2 cancels. Students and the teacher are told the class, which detectors are not; what there is to know
+of an image without seeing it is in the mean mask of its class.
 
 A lean student's logit has the local detail of x_t in it from the start, as a fixed term: without much noise the
 untrained graft finds the object too. What was learned is the difference between a student and its untrained row.
@@ -22,17 +23,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiTPipeline
-from matplotlib.figure import Figure
-from shapes import make_shapes
+from masks_report import TARGETS, UNITS, plot, table
+from shapes import CLASSES, make_shapes
 from torchvision.transforms.functional import gaussian_blur
 
 from upcycle.errors import UpcycleError
 from upcycle.models.chunked_dit import ChunkedDiT
 from upcycle.output import to_json
+from upcycle.provenance import digest
 from upcycle.sampling.pipeline import load_pipeline
 from upcycle.training.losses import local_deviation, predicted_x0
 
@@ -40,8 +41,8 @@ WINDOW = 4
 SIGMAS = (1, 2)
 SHOWN = 4
 BATCH = 50
+PRIOR_IMAGES = 2000
 SOBEL = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-UNITS, TARGETS = ("windows", "positions"), ("mask", "outline")
 Targets = dict[str, dict[str, torch.Tensor]]
 
 
@@ -95,15 +96,16 @@ def measure_masks(
 ) -> dict[str, Any]:
     """What ``students`` (export folders by name) keep of ``count`` shapes of ``pixels`` x ``pixels``, two at least.
 
-    ``seed``: of shapes and noise; 0 to 2 are those of other sets of the study. ``teacher``: a pipeline whose x0
-    estimate is looked at too.
+    ``seed``: of shapes and noise; 0 to 2 are those of other sets of the study, and the next one is that of the shapes
+    whose mean masks are looked at too. ``teacher``: a pipeline whose x0 estimate is looked at too.
 
-    Returns what `table` and `plot` take, ready for JSON. ``rows``, by name: ``kind`` (student, untrained, detector or
-    supervision) and ``by_t``, a list over the timesteps of ``auc`` by unit and target (``mean`` over the images and
-    its ``standard_error``; ``sigma`` in pixels where a blur was chosen) and, of students, ``kept`` (tokens, mean and
-    ``kept_deviation`` over the images) and ``inside`` (the share of all kept tokens that is on the object). A student
-    has an untrained row where ``start`` lies beside its folder, as `finetune` leaves it. ``area``: the targets' share
-    of units. ``judged``: images of which an AUC exists. ``maps``: pictures of the first student, bytes in hex.
+    Returns what `table` and `plot` take, ready for JSON. ``rows``, by name: ``kind`` (student, untrained, detector,
+    prior or supervision) and ``by_t``, a list over the timesteps of ``auc`` by unit and target (``mean`` over the
+    images and its ``standard_error``; ``sigma`` in pixels where a blur was chosen) and, of students, ``kept`` (tokens,
+    mean and ``kept_deviation`` over the images) and ``inside`` (the share of all kept tokens that is on the object). A
+    student has an untrained row where ``start`` lies beside its folder, as `finetune` leaves it; equal starts have one.
+    ``area``: the targets' share of units. ``judged``: images of which an AUC exists. ``maps``: pictures of the first
+    student, bytes in hex.
 
     Raises:
         UpcycleError: a student is none, or has another noise schedule than the first; or as `load_pipeline`.
@@ -149,6 +151,9 @@ def measure_masks(
             best = _best([_aucs(maps[label], targets) for maps in blurred])
             for row, numbers in ((label, _aucs(found, targets)), (f"{label}, blurred", best)):
                 rows.setdefault(row, {"kind": "detector", "by_t": []})["by_t"].append({"t": t, "auc": numbers})
+    for label, prior in _priors(shapes.labels, pixels, seed + 1).items():
+        found = _aucs(prior, targets)  # of all timesteps: it looks at nothing
+        rows[label] = {"kind": "prior", "by_t": [{"t": t, "auc": found} for t in timesteps]}
     if teacher is not None:
         pipe, by_t = opened(teacher), []
         for k, t in enumerate(timesteps):
@@ -181,9 +186,25 @@ def measure_masks(
 
 def _folders(students: dict[str, str]) -> list[tuple[str, str, str]]:
     """Kind, name and folder of the students, and then of the grafts that they started from."""
-    starts = {name: Path(folder).parent / "start" for name, folder in students.items()}
-    trained = [("student", name, folder) for name, folder in students.items()]
-    return trained + [("untrained", f"{name}, untrained", str(s)) for name, s in starts.items() if s.exists()]
+    found = [("student", name, folder) for name, folder in students.items()]
+    seen = set()
+    for name, folder in students.items():
+        start = Path(folder).parent / "start"
+        weights = start / "transformer" / "diffusion_pytorch_model.safetensors"
+        if start.exists() and (bits := digest(weights)) not in seen:
+            seen.add(bits)
+            found.append(("untrained", f"{name}, untrained", str(start)))
+    return found
+
+
+def _priors(labels: torch.Tensor, pixels: int, seed: int) -> dict[str, torch.Tensor]:
+    """Maps [n, H, W] of images with ``labels`` that look at no image: mean masks of other shapes."""
+    others = make_shapes(PRIOR_IMAGES, seed, pixels)
+    by_class = torch.stack([others.masks[others.labels == k].float().mean(0) for k in range(len(CLASSES))])
+    return {
+        "mean mask": others.masks.float().mean(0).expand(len(labels), -1, -1),
+        "mean mask of the class": by_class[labels],
+    }
 
 
 def _ask(pipe: DiTPipeline, x: torch.Tensor, t: int, labels: torch.Tensor) -> list[Any]:
@@ -225,141 +246,6 @@ def _spread(n: int, most: int) -> list[int]:
 
 def _hex(x: torch.Tensor) -> str:
     return (x.clamp(0, 1) * 255).round().byte().numpy().tobytes().hex()
-
-
-def _array(text: str, *shape: int) -> np.ndarray:
-    """What `_hex` was given, in 256 steps."""
-    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(shape) / 255
-
-
-# -- the report --------------------------------------------------------------------------------------------------------
-
-
-def table(report: dict[str, Any]) -> str:
-    """Markdown: tokens kept and their share on the object, then the AUCs, a row a map and a column a timestep."""
-    rows, area = report["rows"], report["area"]
-    head = ["", *(f"t = {t}" for t in report["timesteps"])]
-    students = {name: row["by_t"] for name, row in rows.items() if row["kind"] in ("student", "untrained")}
-    text = _section(
-        f"Tokens kept of {report['pixels'] ** 2}: mean ± standard deviation over {report['images']} images",
-        head, {n: [f"{r['kept']:.0f} ± {r['kept_deviation']:.0f}" for r in by_t] for n, by_t in students.items()},
-    )  # fmt: skip
-    text += _section(
-        f"Share of the kept tokens on the object, which has {area['positions']['mask']:.0%} of the area",
-        head, {name: [f"{r['inside']:.0%}" for r in by_t] for name, by_t in students.items()},
-    )  # fmt: skip
-    of = {
-        "windows": {"mask": "windows that the object covers by more than half",
-                    "outline": "windows with both object and ground"},
-        "positions": {"mask": "positions on the object", "outline": "positions within a pixel of its outline"},
-    }  # fmt: skip
-    for unit in UNITS:
-        for what in TARGETS:
-            numbers = {name: [r["auc"][unit][what] for r in row["by_t"]] for name, row in rows.items()}
-            errors = [n["standard_error"] for found in numbers.values() for n in found if _known(n["standard_error"])]
-            text += _section(
-                f"AUC, {of[unit][what]} ({area[unit][what]:.0%}; {report['judged'][unit][what]} images; "
-                f"standard errors up to {max(errors, default=float('nan')):.3f})",
-                head, {name: [_auc_text(n) for n in found] for name, found in numbers.items()},
-            )  # fmt: skip
-    return text + (
-        f"By window: of means over {WINDOW} x {WINDOW} positions, in which the lattice cancels. Of blurred detectors, "
-        f"σ in parentheses is the better one of {SIGMAS[0]} and {SIGMAS[1]} pixels, chosen with the true masks for "
-        "every number: that favours them.\n"
-    )
-
-
-def _section(title: str, head: list[str], rows: dict[str, list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
-    return f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
-
-
-def _auc_text(number: dict[str, Any]) -> str:
-    if not _known(number["mean"]):
-        return "-"
-    return f"{number['mean']:.3f}" + (f" ({number['sigma']})" if "sigma" in number else "")
-
-
-def _known(number: float | None) -> bool:
-    """Neither NaN nor what JSON makes of it."""
-    return number is not None and number == number
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Against t the tokens kept and their share on the object, and the AUCs by window; beside them what the first
-    student sees and its boundary probability, with the outline of the true mask. Legible 900 pixels wide."""
-    figure = Figure(figsize=(9, 5.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0.02, hspace=0.02)
-    left, right = figure.subfigures(1, 2, width_ratios=(21, 11))
-    axes = left.subplots(2, 2, sharex=True)
-    t, rows = report["timesteps"], report["rows"]
-    drawn, styles = {}, _styles(rows)
-    for name, row in rows.items():
-        if row["kind"] in ("student", "untrained"):
-            for axis, key in zip(axes[:, 0], ("kept", "inside"), strict=True):
-                axis.plot(t, [r[key] for r in row["by_t"]], **styles[name])
-        for axis, what in zip(axes[:, 1], TARGETS, strict=True):
-            means = np.array([r["auc"]["windows"][what]["mean"] for r in row["by_t"]], float)
-            drawn[name] = axis.plot(t, means, **styles[name])[0]
-    area = report["area"]["positions"]["mask"]
-    axes[1, 0].axhline(area, color="#8d99ae", linewidth=1, linestyle=":")
-    axes[1, 0].text(min(t), area - 0.01, "the object's area ", fontsize=8, color="#5b6478", ha="right", va="top")
-    titles = (
-        (f"tokens kept of {report['pixels'] ** 2}", "AUC by window: the object"),
-        ("share of them on the object", "AUC by window: its outline"),
-    )
-    for axis, title in zip(axes.flat, (title for line in titles for title in line), strict=True):
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[:, 1]:
-        axis.axhline(0.5, color="#8d99ae", linewidth=1, linestyle=":")
-        axis.set_ylim(top=1)
-    axes[0, 0].set_ylim(bottom=0)
-    axes[1, 0].set_ylim(bottom=0)
-    if max(t) > min(t):
-        axes[0, 0].set_xlim(max(t), min(t))
-    for axis in axes[1]:
-        axis.set_xlabel("timestep t (noise to image)", fontsize=8)
-    left.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _draw_maps(right, report["maps"], report["pixels"])
-    figure.savefig(path, dpi=200)
-
-
-def _styles(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Line styles by name: students in colour, their starts dashed, detectors thin, those of a blurred x_t dashed."""
-    styles: dict[str, dict[str, Any]] = {}
-    students = [name for name, row in rows.items() if row["kind"] == "student"]
-    for i, name in enumerate(students):
-        styles[name] = {"color": f"C{i}", "linewidth": 2, "marker": "o", "markersize": 3, "zorder": 3}
-        styles[f"{name}, untrained"] = {"color": f"C{i}", "linewidth": 1.3, "linestyle": "--"}
-    for name, color in (("gradient", "#8d99ae"), ("deviation", "#1a1a2e")):
-        styles[name] = {"color": color, "linewidth": 1}
-        styles[f"{name}, blurred"] = {"color": color, "linewidth": 1, "linestyle": (0, (4, 2))}
-    for name, row in rows.items():
-        if row["kind"] == "supervision":
-            styles[name] = {"color": "#1a1a2e", "linewidth": 1.6, "linestyle": ":"}
-    return styles
-
-
-def _draw_maps(figure: Any, maps: dict[str, Any], pixels: int) -> None:
-    """An image's x_t above its boundary probability, a column a timestep, noise first."""
-    times, count = maps["timesteps"], len(maps["images"])
-    x_t = _array(maps["x_t"], len(times), count, 3, pixels, pixels).transpose(0, 1, 3, 4, 2)
-    probability = _array(maps["probability"], len(times), count, pixels, pixels)
-    mask = _array(maps["mask"], count, pixels, pixels)
-    axes = figure.subplots(2 * count, len(times), squeeze=False)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for column, k in enumerate(sorted(range(len(times)), key=lambda k: -times[k])):
-        axes[0, column].set_title(f"t = {times[k]}", fontsize=8)
-        for i in range(count):
-            axes[2 * i, column].imshow(x_t[k, i], interpolation="nearest")
-            below = axes[2 * i + 1, column]
-            below.imshow(probability[k, i], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            below.contour(mask[i], levels=[0.5], colors="#00e5ff", linewidths=0.8)
-    figure.suptitle(f"{maps['student']}: x_t, probability", fontsize=9)
 
 
 def main() -> None:

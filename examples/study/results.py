@@ -12,6 +12,8 @@ from typing import Any
 
 from arms import ABLATIONS, ARMS, LEFT_OUT, STARTS
 from matplotlib.figure import Figure
+from summary import NEAR, aims, summary
+from tables import curve_of, first_step, last_rows, spread, table, worst_level
 
 from upcycle.output import write_text
 
@@ -22,9 +24,6 @@ COMMANDS = {
     "S": "python examples/study/study.py --scale S --device cuda",
     "B": "python examples/study/study.py --scale B --device cuda",
 }
-NEAR = 1.02  # of the teacher's held-out noise MSE: its quality, as the study means it
-PAPER_FASTER, OUR_TARGET = 8, 32
-Rows = list[dict[str, Any]]
 SettingsOf = Callable[[str, str, str, int], dict[str, Any]]
 
 
@@ -40,12 +39,13 @@ def collect(out: Path, plan: str) -> dict[str, Any]:
             machines.add(result["machine"])
             seconds += result["seconds"]
             if job["kind"] == "teacher":
-                found["teacher"] = {**result["teacher"], "settings": result["settings"]}
+                found["teacher"] = {**result["teacher"], "settings": result["settings"], "inputs": result["inputs"]}
             elif job["kind"] != "arm":
                 found[job["kind"]] = {**result["report"], "settings": result["settings"]}
             if job["kind"] != "arm":
                 continue
-            run = {key: result[key] for key in ("settings", "first_losses", "rows", "seconds") if key in result}
+            kept = ("settings", "inputs", "first_losses", "rows", "seconds")
+            run = {key: result[key] for key in kept if key in result}
             found["arms"].setdefault(job["arm"], {})[str(job["seed"])] = run
         found["arms"] = {arm: found["arms"][arm] for arm in ARMS if arm in found["arms"]}
         if found["arms"] and "teacher" in found:
@@ -129,9 +129,11 @@ def render(studies: dict[str, Any]) -> str:
     for plan, study in studies.items():
         versions = ", ".join(f"{name} {value}" for name, value in study["versions"].items())
         parts.append(
-            f"## {TITLES[plan]}\n\n`{COMMANDS[plan]}`, {study['date']}; {'; '.join(study['machine'])}; {versions}; "
-            f"{study['hours']:.1f} hours of processes, which have one thread each on a CPU."
+            f"## {TITLES[plan]}\n\n`{COMMANDS[plan]}`; {'; '.join(study['machine'])}; "
+            f"{study['hours']:.1f} hours of processes, which have one thread each on a CPU. "
+            f"Written {study['date']} with {versions}."
         )
+        parts += [summary(study["sets"])]
         parts += [_set_text(plan, name, found) for name, found in study["sets"].items()]
     return "\n\n".join(parts) + "\n"
 
@@ -148,20 +150,28 @@ What upcycling gives, measured by one command that anyone can run again. This pa
 How to read it. A row is an arm: a recipe of `upcycle finetune`, described in `examples/study/arms.py`. All of a set
 have the same number of steps and the same batch size, unless the name says otherwise; students see the same batches.
 Figures are means over the seeds, with the lowest and highest where there are several; how many there are, the table
-says.
+says. `exact` keeps every fourth position (N = 4), as many tokens as the teacher has patches. At this width encoder,
+router and decoder cost about half of what the teacher does; at XL/2 they are 5.8 % ([performance.md](performance.md)).
 
-**Noise MSE** is that on held-out images at ten timesteps, divided by the teacher's; *worst level* is the largest such
-ratio of the ten, most often at the noisiest, where a teacher's error is a thousandth of the mean; losses of the
-published arms and of those from scratch do not weigh noise levels. **Paired MSE**: mean squared distance of samples to
-the teacher's from the same seeds, pixels in [-1, 1]; DDIM, 20 steps, guidance 2. Of arms that learn from data it counts
-what they learn, too, as a distance: the teacher trained on moves by it. `guided distillation` has learned the guided
-output: it samples without guidance, at half of the evaluations, and has no noise MSE that would mean something.
-**Class**: share of samples that a classifier reads as what they should be. **Fréchet** distance and **KID** are in
-the 64 features of that classifier: the one that ships with the digits, or the shapes' own (`examples/study/sets.py`);
-with so few samples both mean something for large gaps only. **Tokens** and **FLOPs** (of the teacher's) are those of
-sampling. **ρ = 0.4**: the same with that share of the kept tokens dropped. `exact` keeps every fourth position (N =
-4), as many tokens as the teacher has patches. At this width encoder, router and decoder cost about half of what the
-teacher does; at XL/2 they are 5.8 % ([performance.md](performance.md)).
+- **Noise MSE**: on held-out images at ten timesteps, divided by the teacher's; *worst level* is the largest such ratio
+  of the ten, most often at the noisiest, where a teacher's error is a thousandth of the mean. Losses of the published
+  arms and of those from scratch do not weigh noise levels. A student keeps more tokens where an image is clean, where
+  most of the error is, and fewer in noise: what it costs there is in "Where the error and the tokens are".
+- **Paired MSE**: mean squared distance of samples to the teacher's from the same seeds, pixels in [-1, 1]; DDIM, 20
+  steps, guidance 2. It is distance, not quality; students are further from their teacher than it is from itself in
+  half the steps. `guided distillation` has learned the guided output: it samples without guidance, at half of the
+  evaluations, and has no noise MSE that would mean something.
+- **Class**: share of samples that a classifier reads as what they should be. **Fréchet** distance and **KID** are in
+  the 64 features of that classifier: the one that ships with the digits, or the shapes' own (`examples/study/sets.py`),
+  against the digits to train on and against shapes that nothing was trained on; with so few samples both mean something
+  for large gaps only.
+- **Tokens** and **FLOPs** (of the teacher's) are those of sampling. **ρ** (tail drop): the share of the kept tokens
+  that is dropped.
+- Parts of the exact graft ([how-it-works.md](how-it-works.md)): the *scaffold* is encoder, router and decoder; the
+  *lattice* a prior for every second position, from which the router departs; the *guide* holds it to the teacher's grid
+  at first; the *controller* is a bias that holds the ratio; *supervision* tells it where detail is, above a *floor* of
+  contrast; *balance* weighs noisy levels up in the loss; the *cell mean* and the *size bias* tell a token of the
+  positions that it speaks for.
 """
 
 
@@ -185,7 +195,7 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
         f"{teacher['half_the_steps_mse']:.2g}. The classifier reads {teacher['classifier']:.1%} of held-out images "
         "right."
     )
-    text += [_verdicts(arms, teacher)]
+    text += [aims(arms, teacher)]
     for heading, group in (
         ("Starts", STARTS),
         ("What each part is worth", LEFT_OUT),
@@ -204,7 +214,7 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
     text.append(f"#### Steps to a quality\n\n{note}\n\n{_steps_table(arms, teacher)}")
     budgets = [arm for arm in ("exact", "one budget") if arm in arms]
     text.append("#### Quality against ρ\n\n" + _budget_table(budgets, arms, teacher))
-    if fixed := _fixed_table(arms, teacher):
+    if fixed := _fixed_table(arms):
         text.append("#### Learned, random and grid boundaries at equal tokens\n\n" + fixed)
     if "baselines" in found:
         from equal_cost import tables
@@ -212,67 +222,39 @@ def _set_text(plan: str, name: str, found: dict[str, Any]) -> str:
         picture = f"![Paired MSE against cost](images/baselines-{plan}-{name}.png)"
         text.append(f"#### Against the teacher at equal cost (one seed)\n\n{tables(found['baselines'])}\n{picture}")
     if "masks" in found:
-        from masks import table
+        from masks_report import table as masks_table
 
         picture = f"![Tokens, AUC and maps](images/masks-{plan}.png)"
-        text.append(f"#### Does the router find the objects? (one seed)\n\n{table(found['masks'])}\n{picture}")
+        text.append(f"#### Does the router find the objects? (one seed)\n\n{masks_table(found['masks'])}\n{picture}")
     return "\n\n".join(text)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
-def _spread(values: list[float], digits: str = ".3g") -> str:
-    """The mean, and lowest to highest where they differ; large ones without an exponent."""
-    low, high, middle = (f"{float(f'{f(values):{digits}}'):g}" for f in (min, max, mean))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _last(arms: dict[str, Any], arm: str) -> Rows:
-    """The last row of every seed."""
-    return [run["rows"][-1] for run in arms[arm].values()]
-
-
-def _worst(row: dict[str, Any], teacher: dict[str, Any]) -> float:
-    return max(row["val_loss_by_t"][t] / teacher["val_loss_by_t"][t] for t in teacher["val_loss_by_t"])
-
-
 def _arms_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """How arms end, and folded what they are with tails dropped."""
     head = ["arm", "what", "seeds", "noise MSE", "worst level", "paired MSE", "class", "Fréchet", "KID", "tokens",
-            "FLOPs", "at ρ = 0.4: noise MSE", "paired MSE", "FLOPs"]  # fmt: skip
-    rows = []
+            "FLOPs"]  # fmt: skip
+    rows, dropped = [], []
     for name in names:
-        last, guided = _last(arms, name), ARMS[name].guided
-        noise, worst = [row["val_loss"] / teacher["val_loss"] for row in last], [_worst(row, teacher) for row in last]
-        line = [name, ARMS[name].what, str(len(last)), "" if guided else _spread(noise),
-                "" if guided else _spread(worst), _spread([row["paired_mse"] for row in last], ".2g"),
-                _spread([100 * row["accuracy"] for row in last], ".0f") + " %", _spread([r["frechet"] for r in last]),
-                _spread([row["kid"] for row in last], ".2g"), f"{mean(row['tokens'] for row in last):.0f}",
-                f"{mean(row['flops'] for row in last) / teacher['flops']:.2f}"]  # fmt: skip
-        dropped = [row["by_tail_drop"]["0.4"] for row in last if "by_tail_drop" in row]
-        if dropped:
-            noise = [row["val_loss"] / teacher["val_loss"] for row in dropped]
-            line += ["" if guided else _spread(noise),
-                     _spread([row["paired_mse"] for row in dropped], ".2g"),
-                     f"{mean(row['flops'] for row in dropped) / teacher['flops']:.2f}"]  # fmt: skip
-        else:
-            line += [""] * 3
-        rows.append(line)
-    return _table(head, rows)
-
-
-def _curve(arms: dict[str, Any], arm: str) -> dict[int, float]:
-    """Noise MSE by checkpoint after the start, the mean over the seeds."""
-    runs = [run["rows"] for run in arms[arm].values()]
-    return {
-        rows[0]["step"]: mean(row["val_loss"] for row in rows) for rows in zip(*runs, strict=True) if rows[0]["step"]
-    }
-
-
-def _first_step(curve: dict[int, float], loss: float) -> int | None:
-    """The first checkpoint with a noise MSE of at most ``loss``."""
-    return next((step for step, value in curve.items() if value <= loss), None)
+        last, guided = last_rows(arms, name), ARMS[name].guided
+        noise = [row["val_loss"] / teacher["val_loss"] for row in last]
+        worst = [worst_level(row, teacher) for row in last]
+        rows.append([
+            name, ARMS[name].what, str(len(last)), "" if guided else spread(noise), "" if guided else spread(worst),
+            spread([row["paired_mse"] for row in last], ".2g"),
+            spread([100 * row["accuracy"] for row in last], ".0f") + " %", spread([row["frechet"] for row in last]),
+            spread([row["kid"] for row in last], ".2g"), f"{mean(row['tokens'] for row in last):.0f}",
+            f"{mean(row['flops'] for row in last) / teacher['flops']:.2f}",
+        ])  # fmt: skip
+        at = [row["by_tail_drop"]["0.4"] for row in last if "by_tail_drop" in row]
+        if at:
+            noise = [row["val_loss"] / teacher["val_loss"] for row in at]
+            dropped.append([
+                name, "" if guided else spread(noise), spread([row["paired_mse"] for row in at], ".2g"),
+                spread([100 * row["accuracy"] for row in at], ".0f") + " %", spread([row["frechet"] for row in at]),
+                f"{mean(row['flops'] for row in at) / teacher['flops']:.2f}",
+            ])  # fmt: skip
+    folded = table(["arm", "noise MSE", "paired MSE", "class", "Fréchet", "FLOPs"], dropped)
+    return f"{table(head, rows)}\n\n<details><summary>The same at ρ = 0.4</summary>\n\n{folded}\n\n</details>"
 
 
 def _steps_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
@@ -280,15 +262,15 @@ def _steps_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
     goals = {f"the teacher's noise MSE within {NEAR - 1:.0%}": NEAR * teacher["val_loss"]}
     for arm in ("exact", "published, distilled"):
         if arm in arms:
-            goals[f"what {arm} ends with"] = list(_curve(arms, arm).values())[-1]
+            goals[f"what {arm} ends with"] = list(curve_of(arms, arm).values())[-1]
     names = [n for n in ("exact", "exact, 4 x", "published", "published, distilled", "from scratch",
                          "from scratch, 8 x", "teacher trained on") if n in arms]  # fmt: skip
     rows = []
     for name in names:
-        curve = _curve(arms, name)
-        steps = [_first_step(curve, goal) for goal in goals.values()]
+        curve = curve_of(arms, name)
+        steps = [first_step(curve, goal) for goal in goals.values()]
         rows.append([name, str(len(arms[name])), *(str(step or f"not in {max(curve)}") for step in steps)])
-    return _table(["checkpoint with", "seeds", *goals], rows)
+    return table(["checkpoint with", "seeds", *goals], rows)
 
 
 def _budget_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any]) -> str:
@@ -296,19 +278,19 @@ def _budget_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any
     for name in names:
         for row in ("noise MSE", "paired MSE", "FLOPs"):
             line = [name, row]
-            last = _last(arms, name)
+            last = last_rows(arms, name)
             for rho in ("0", "0.2", "0.4", "0.6"):
                 at = [r if rho == "0" else r["by_tail_drop"].get(rho) for r in last]
                 if any(r is None for r in at):
                     line.append("")
                 elif row == "noise MSE":
-                    line.append(_spread([r["val_loss"] / teacher["val_loss"] for r in at]))
+                    line.append(spread([r["val_loss"] / teacher["val_loss"] for r in at]))
                 elif row == "paired MSE":
-                    line.append(_spread([r["paired_mse"] for r in at], ".2g"))
+                    line.append(spread([r["paired_mse"] for r in at], ".2g"))
                 else:
                     line.append(f"{mean(r['flops'] for r in at) / teacher['flops']:.2f}")
             rows.append(line)
-    return _table(["arm", "", "ρ = 0", "0.2", "0.4", "0.6"], rows)
+    return table(["arm", "", "ρ = 0", "0.2", "0.4", "0.6"], rows)
 
 
 def _levels_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
@@ -320,83 +302,25 @@ def _levels_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
                  "teacher trained on"):  # fmt: skip
         if name not in arms:
             continue
-        last = _last(arms, name)
+        last = last_rows(arms, name)
         rows.append([name, "of the teacher's"])
         for t, value in teacher["val_loss_by_t"].items():
-            rows[-1].append(_spread([row["val_loss_by_t"][t] / value for row in last]))
+            rows[-1].append(spread([row["val_loss_by_t"][t] / value for row in last]))
         if last[0]["tokens_by_t"][timesteps[0]] is not None:
             rows.append(["", "tokens", *(f"{mean(r['tokens_by_t'][t] for r in last):.0f}" for t in timesteps)])
-    return _table(["arm", "", *(f"t = {t}" for t in timesteps)], rows)
+    return table(["arm", "", *(f"t = {t}" for t in timesteps)], rows)
 
 
-def _fixed_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
+def _fixed_table(arms: dict[str, Any]) -> str:
     rows = []
     for name in ("exact", "random boundaries", "grid boundaries", "N = 16", "N = 16, random", "N = 16, grid"):
-        fixed = [row["fixed"] for row in _last(arms, name) if "fixed" in row] if name in arms else []
+        fixed = [row["fixed"] for row in last_rows(arms, name) if "fixed" in row] if name in arms else []
         if fixed:
             rows.append([name, str(len(fixed)), f"{mean(row['tokens'] for row in fixed):.0f}",
-                         _spread([row["paired_mse"] for row in fixed], ".2g"),
-                         _spread([100 * row["accuracy"] for row in fixed], ".0f") + " %",
-                         _spread([row["frechet"] for row in fixed])])  # fmt: skip
-    return _table(["arm", "seeds", "tokens", "paired MSE", "class", "Fréchet"], rows) if rows else ""
-
-
-def _verdicts(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
-    """What was aimed at, and whether it was reached."""
-    lines = []
-
-    def say_all(aim: str, measured: str, values: list[float], most: float) -> None:
-        """An aim of every seed."""
-        done = sum(value <= most for value in values)
-        word = {len(values): "Reached", 0: "Not reached"}.get(done, f"Reached by {done} of {len(values)} seeds")
-        seeds = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
-        lines.append(f"- {aim}: {measured} × {_spread(values)}, {seeds}. **{word}.**")
-
-    for name in ("exact", "exact, 4 x"):
-        if name not in arms:
-            continue
-        last = _last(arms, name)
-        noise = [row["val_loss"] / teacher["val_loss"] for row in last]
-        dropped = [row["by_tail_drop"]["0.4"]["val_loss"] / teacher["val_loss"] for row in last]
-        say_all(f"`{name}`: the teacher's noise MSE within 2 % at ρ = 0", "it is", noise, NEAR)
-        say_all(f"`{name}`: no worse at any noise level", "at worst", [_worst(row, teacher) for row in last], 1.0)
-        say_all(f"`{name}`: within 5 % at ρ = 0.4", "it is", dropped, 1.05)
-
-    scratch = [_curve(arms, name) for name in ("from scratch", "from scratch, 8 x") if name in arms]
-    goals = []
-    if "exact" in arms:
-        exact = _curve(arms, "exact")
-        goals = [("the teacher's noise MSE within 2 %", exact, NEAR * teacher["val_loss"], OUR_TARGET),
-                 ("what `exact` ends with", exact, list(exact.values())[-1], OUR_TARGET)]  # fmt: skip
-    if "published, distilled" in arms:
-        published = _curve(arms, "published, distilled")
-        goals.append(("what published upcycling ends with", published, list(published.values())[-1], PAPER_FASTER))
-    for what, curve, goal, times in goals if scratch else []:
-        text, reached = _against(curve, scratch, goal, times)
-        whose = "the paper's " if times == PAPER_FASTER else ""
-        word = {True: "Reached", False: "Not reached", None: "Not decided"}[reached]
-        lines.append(f"- {whose}{times} times fewer steps than from scratch to {what}: {text}. **{word}.**")
-    return "\n".join(lines)
-
-
-def _against(
-    ours: dict[int, float], theirs: list[dict[int, float]], goal: float, times: int
-) -> tuple[str, bool | None]:
-    """Steps of both to a noise MSE in words, and whether theirs are ``times`` as many; None: these runs cannot tell.
-
-    Runs cross between two checkpoints, so that theirs count by the one before.
-    """
-    mine, end = _first_step(ours, goal), max(step for curve in theirs for step in curve)
-    found = [(step, curve) for curve in theirs if (step := _first_step(curve, goal))]
-    if found:
-        other, curve = min(found, key=lambda one: one[0])
-        before = max((step for step in curve if step < other), default=0)
-    text = f"{mine or f'more than {max(ours)}'} steps against {other if found else f'more than {end}'}"
-    if mine is None:
-        return text, False if found else None
-    if (before if found else end) >= times * mine:
-        return text, True
-    return text, False if found and other < times * mine else None
+                         spread([row["paired_mse"] for row in fixed], ".2g"),
+                         spread([100 * row["accuracy"] for row in fixed], ".0f") + " %",
+                         spread([row["frechet"] for row in fixed])])  # fmt: skip
+    return table(["arm", "seeds", "tokens", "paired MSE", "class", "Fréchet"], rows) if rows else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +338,7 @@ def pictures(study: dict[str, Any], folder: Path) -> None:
 
             plot(found["baselines"], folder / f"baselines-{study['plan']}-{name}.png")
         if "masks" in found:
-            from masks import plot as plot_masks
+            from masks_report import plot as plot_masks
 
             plot_masks(found["masks"], folder / f"masks-{study['plan']}.png")
 
@@ -437,9 +361,9 @@ def _curves(found: dict[str, Any], path: Path) -> None:
     left.set_xlim(left=0)
     left.axhline(teacher["val_loss"], color="black", linestyle=":", label="teacher")
     left.legend(fontsize=7)
-    names = [name for name in arms if "paired_mse" in _last(arms, name)[0]]
+    names = [name for name in arms if "paired_mse" in last_rows(arms, name)[0]]
     for place, name in enumerate(names):
-        values = [row["paired_mse"] for row in _last(arms, name)]
+        values = [row["paired_mse"] for row in last_rows(arms, name)]
         right.plot([min(values), max(values)], [place, place], color="#8d99ae")
         right.plot(mean(values), place, "o", color="#d1495b" if name == "exact" else "#1a1a2e", markersize=4)
     right.axvline(teacher["half_the_steps_mse"], color="black", linestyle=":", label="teacher, half the steps")

@@ -103,7 +103,7 @@ class Job:
 
     @property
     def samples(self) -> int:
-        """Baselines are some forty runs: half of the samples."""
+        """Baselines are some hundred runs: half of the samples."""
         samples = PLANS[self.plan].samples[self.set]
         return samples // 2 if self.kind == "baselines" else samples
 
@@ -114,7 +114,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """What a result must have been made with to be taken as it is. What it is not told: `inputs`."""
         plan = PLANS[self.plan]
-        found: dict[str, Any] = {"samples": self.samples, "code": code_of(self.kind)}
+        found: dict[str, Any] = {"samples": self.samples, "code": code_of(*JUDGED_BY[self.kind])}
         if self.kind in ("teacher", "arm"):
             found |= {"held_out": plan.held_out}
         if self.kind == "arm":
@@ -174,7 +174,7 @@ class Places:
         made = str(folder / "teacher-made")
         if name == "digits":
             return cls("digits", "digits", made, Path())
-        data = str(folder / f"data-{plan.images}-{code_of('masks')[:8]}")  # other shapes.py, other data
+        data = str(folder / f"data-{plan.images}-{code_of('shapes')[:8]}")  # other shapes.py, other data
         if plan.teacher:
             return cls(str(folder / "teacher"), data, made, folder / "classifier.safetensors")
         return cls(str(SHAPES_TEACHER), data, made, SHAPES_CLASSIFIER)
@@ -186,9 +186,9 @@ def portable(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def code_of(kind: str) -> str:
-    """SHA-256 of what `JUDGED_BY` names, without comments, docstrings and layout."""
-    trees = [ast.parse((HERE / f"{name}.py").read_text()) for name in JUDGED_BY[kind]]
+def code_of(*names: str) -> str:
+    """SHA-256 of modules that lie here, without comments, docstrings and layout."""
+    trees = [ast.parse((HERE / f"{name}.py").read_text()) for name in names]
     for node in (inner for tree in trees for inner in ast.walk(tree)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
@@ -404,18 +404,24 @@ def parse() -> argparse.Namespace:
     if options.quick and (options.scale or options.docs):
         parser.error("--quick shows that it runs, on a CPU: leave out --scale and --docs, or --quick")
     if options.scale and options.device == "cpu" and not (options.report or options.work):
-        parser.error("--scale takes days on a CPU: add --device cuda")
+        parser.error("--scale takes days on a CPU: add --device cuda, on a machine with a GPU")
     if options.device == "cuda" and not torch.cuda.is_available() and not (options.report or options.work):
         parser.error("--device cuda: torch sees no GPU here")
     if wrong := set(options.sets or ()) - set(plan.sets):
         parser.error(f"--sets {min(wrong)} has no place in --scale {options.scale}; leave --sets out")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} must be at least 1")
+    if any(seed < 0 for seed in options.seeds or ()):
+        parser.error(f"--seeds {min(options.seeds)}: seeds count from 0")
     suffix = "" if options.plan == "tiny" else f"-{options.plan}"
     suffix += "" if options.device == "cpu" else f"-{options.device}"
     options.out = options.out or Path(f"runs/study{suffix}")
-    if options.report and not options.out.is_dir():
-        parser.error(f"--report: there is no {options.out}; run the study first, or give its --out")
-    options.seeds = options.seeds or ([0, 1, 2] if options.plan == "tiny" else [0])
-    options.arms = options.arms or (SCALE_ARMS if options.scale else None)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file; give a folder")
+    if options.report and not any(options.out.glob("*/teacher/result.json")):
+        parser.error(f"--report: there is no study in {options.out}; run it first, or give its --out")
+    options.seeds = list(dict.fromkeys(options.seeds or ([0, 1, 2] if options.plan == "tiny" else [0])))
+    options.arms = list(dict.fromkeys(options.arms or ())) or (SCALE_ARMS if options.scale else None)
     return options
 
 
@@ -427,7 +433,10 @@ def main() -> None:
     fine = True
     if not options.report:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"--out {options.out} cannot be made ({error.strerror}); give another folder") from None
         lock = (options.out / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

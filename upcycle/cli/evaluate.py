@@ -95,7 +95,7 @@ def evaluate(
         raise UpcycleError(f"--tail-drop {tail_drop:g} must be at least 0 and less than 1")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UpcycleError(f"--guidance-scale {guidance_scale} is not a number to guide with; 1 is none")
-    check_scale(1.0 if guidance_scale is None else guidance_scale)
+    check_scale(guidance_scale)
     check_guidance(guidance_scale, guidance_channels=guidance_channels)
     if teacher is not None and sweep is None:
         raise UpcycleError("--teacher is what a --sweep is drawn beside; give that too, or evaluate the teacher itself")
@@ -148,7 +148,7 @@ def evaluate(
             size: Any = rows.image_size(pipe)
             chosen = list(range(num or NUM))
             if num is None:
-                tell(f"{NUM:,} samples, as published figures have; --num 1000 is enough for a first look")
+                tell(f"{NUM:,} samples, as published figures have; fewer (--num 5000) are enough for a first look")
         else:
             samples = open_set(judged, vae, next(extractor.parameters()).device)
             record = rows.recorded(judged)
@@ -307,7 +307,7 @@ def _table(shown: list[dict[str, Any]]) -> Any:
             model, tail, number(row["steps"], "d"), number(row["fid"], ".2f"), number(row["sfid"], ".2f"),
             number(row["kid"], ".2g"), number(row["inception_score"], ".2f"), number(row["precision"], ".3f"),
             number(row["recall"], ".3f"), "–" if flops is None else count(flops).replace(" ", ""),
-            number(row["seconds_per_image"], ".2g"),
+            number(row["seconds_per_image"], ".3g"),
         ])  # fmt: skip
     known = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]  # 80 columns are few
     for name in (columns[i] for i in known):

@@ -164,6 +164,7 @@ def sample(
         if text is None:
             only = {"--prompt": prompt, "--height": height, "--width": width, "--num-frames": num_frames,
                     "--dtype": dtype}  # fmt: skip
+            check_scale(guidance_scale)
             pipe = load_pipeline(model, revision, base)
             if wrong := next((name for name, value in only.items() if value is not None), None):
                 raise UpcycleError(f"{model} draws classes; {wrong} is for pipelines with text, leave it out")
@@ -183,7 +184,6 @@ def sample(
         return
     steps, batch_size = steps or 50, batch_size or 16
     guidance_scale = 4.0 if guidance_scale is None else guidance_scale
-    check_scale(guidance_scale)
     with working(f"loading {model}"):
         patches = getattr(pipe.transformer, "ddit", None)
         coarse.set_schedule(pipe.transformer, model, **coarser)

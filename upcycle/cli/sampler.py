@@ -16,9 +16,9 @@ def check_guidance(scale: float | None, **options: Any) -> None:
         raise UpcycleError(f"--guidance-scale {scale:g} is no guidance, and --{option} changes it; leave one out")
 
 
-def check_scale(scale: float) -> None:
-    """Raise `UpcycleError` for a scale below 1, which class-conditional sampling would take for 1."""
-    if scale < 1:
+def check_scale(scale: float | None) -> None:
+    """Raise `UpcycleError` for a scale below 1, which sampling by class would take for 1; None is the default."""
+    if scale is not None and scale < 1:
         raise UpcycleError(f"--guidance-scale {scale:g} is less than none; 1 is none, 1.5 to 4 are usual")
 
 

@@ -105,7 +105,7 @@ def synthesize(
     if wrong := next((name for name, value in only.items() if value is not None), None):
         raise UpcycleError(f"{teacher} draws classes; {wrong} is for pipelines with text, leave it out")
     batch_size = batch_size or 16
-    check_scale(1.5 if guidance_scale is None else guidance_scale)
+    check_scale(guidance_scale)
     with working(f"loading {teacher}"):
         if not local and hub.is_hub_id(teacher):
             _, revision = hub.fetch(teacher, revision=revision, variant=None)  # the commit, for the index

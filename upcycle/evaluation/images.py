@@ -122,9 +122,10 @@ def _of_files(folder: Path) -> ImageSet:
 
 def _of_npz(path: Path) -> ImageSet:
     """``arr_0`` uint8 [n, H, W, 3], and ``mu``, ``sigma``, ``mu_s``, ``sigma_s``, as ADM's files have them."""
-    if not zipfile.is_zipfile(path):  # numpy would speak of pickles
-        raise UpcycleError(f"{path} is no .npz file, which is a zip archive of arrays; make it again")
     try:
+        with path.open("rb") as opened:
+            if not zipfile.is_zipfile(opened):  # numpy would speak of pickles
+                raise UpcycleError(f"{path} is no .npz file, which is a zip archive of arrays; make it again")
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in ("arr_0", "mu", "sigma", "mu_s", "sigma_s") if name in file.files}
             names = ", ".join(file.files) or "nothing"
