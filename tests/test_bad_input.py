@@ -442,7 +442,12 @@ def test_sample(export_dir, pipeline_dir, failing, tmp_path):
     for option in (("--guidance-interval", "200:700"), ("--guidance-channels", "3")):
         line = failing("sample", export_dir, "--guidance-scale", "1", *option, *out)
         assert f"--guidance-scale 1 is no guidance, and {option[0]} changes it" in line
-    for command in (("evaluate", export_dir, "--reference", "digits"), ("sample", export_dir, *out)):
+    for command in (
+        ("evaluate", export_dir, "--reference", "digits"),
+        ("sample", export_dir, *out),
+        ("compare", pipeline_dir, export_dir, *out),
+        ("synthesize", pipeline_dir, "--count", "1", *out),
+    ):
         assert "--guidance-scale 0.5 is less than none" in failing(*command, "--guidance-scale", "0.5")
     line = failing("evaluate", export_dir, "--reference", "digits", "--guidance-scale", "1", *option)
     assert "and --guidance-channels changes it" in line
