@@ -1,7 +1,7 @@
 """The study: what upcycling gives, on the digits and on procedural shapes, against honest baselines.
 
     pip install -e '.[digits]'
-    python examples/study/study.py --quick                   # a look, five minutes on two CPU cores
+    python examples/study/study.py --quick                   # a look, six minutes on two CPU cores
     python examples/study/study.py                           # all of it, three hours; go on with the same command
     python examples/study/study.py --report --docs           # write docs/results.md of what has been run
     python examples/study/study.py --scale S --device cuda   # shapes of 64 x 64 pixels, DiT-S; --scale B for DiT-B
