@@ -262,7 +262,7 @@ def test_wrong_options_are_refused_before_anything_runs(arguments, words, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_begun_with_other_settings_is_neither_taken_nor_removed(tmp_path):
+def test_what_was_begun_with_other_settings_is_neither_taken_nor_removed(tmp_path, capsys):
     job = study.Job("arm", "quick", "digits", str(tmp_path), "cpu", "exact", 0)
     assert not study.is_done(job)
     job.folder.mkdir(parents=True)
@@ -271,8 +271,10 @@ def test_what_was_begun_with_other_settings_is_neither_taken_nor_removed(tmp_pat
     (job.folder / "result.json").write_text("{}")
     assert study.is_done(job)
     other = study.Job("arm", "tiny", "digits", str(tmp_path), "cpu", "exact", 0)
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit) as exit_:
         study.is_done(other)
+    assert exit_.value.code == 2
+    assert "other settings" in capsys.readouterr().err
     assert (job.folder / "result.json").exists()
 
 

@@ -191,7 +191,7 @@ def _folders(students: dict[str, str]) -> list[tuple[str, str, str]]:
     for name, folder in students.items():
         start = Path(folder).parent / "start"
         weights = start / "transformer" / "diffusion_pytorch_model.safetensors"
-        if start.exists() and (bits := digest(weights)) not in seen:
+        if weights.is_file() and (bits := digest(weights)) not in seen:
             seen.add(bits)
             found.append(("untrained", f"{name}, untrained", str(start)))
     return found

@@ -151,7 +151,8 @@ How to read it. A row is an arm: a recipe of `upcycle finetune`, described in `e
 have the same number of steps and the same batch size, unless the name says otherwise; students see the same batches.
 Figures are means over the seeds, with the lowest and highest where there are several; how many there are, the table
 says. `exact` keeps every fourth position (N = 4), as many tokens as the teacher has patches. At this width encoder,
-router and decoder cost about half of what the teacher does; at XL/2 they are 5.8 % ([performance.md](performance.md)).
+router and decoder cost a third of what the teacher does (what `grid boundaries` takes beyond 1); at XL/2 they are 5.8 %
+([performance.md](performance.md)).
 
 - **Noise MSE**: on held-out images at ten timesteps, divided by the teacher's; *worst level* is the largest such ratio
   of the ten, most often at the noisiest, where a teacher's error is a thousandth of the mean. Losses of the published
@@ -260,7 +261,7 @@ def _arms_table(names: list[str], arms: dict[str, Any], teacher: dict[str, Any])
 def _steps_table(arms: dict[str, Any], teacher: dict[str, Any]) -> str:
     """Checkpoints at which arms come to the teacher's quality, and to what others end with."""
     goals = {f"the teacher's noise MSE within {NEAR - 1:.0%}": NEAR * teacher["val_loss"]}
-    for arm in ("exact", "published, distilled"):
+    for arm in ("exact", "published", "published, distilled"):
         if arm in arms:
             goals[f"what {arm} ends with"] = list(curve_of(arms, arm).values())[-1]
     names = [n for n in ("exact", "exact, 4 x", "published", "published, distilled", "from scratch",

@@ -2,7 +2,7 @@
 
     pip install -e '.[digits]'
     python examples/study/study.py --quick                   # a look, six minutes on two CPU cores
-    python examples/study/study.py                           # all of it, three hours; go on with the same command
+    python examples/study/study.py                           # all of it, about three hours; go on with the same command
     python examples/study/study.py --report --docs           # write docs/results.md of what has been run
     python examples/study/study.py --scale S --device cuda   # shapes of 64 x 64 pixels, DiT-S; --scale B for DiT-B
 
@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -316,15 +316,21 @@ def run(arguments: list[str], log: Path) -> None:
 def is_done(job: Job) -> bool:
     """Whether its result is there; baselines and masks of other students do not count.
 
-    Raises SystemExit where its folder is of other settings or inputs: nothing that took hours is removed unasked.
+    Exits where its folder is of other settings or inputs: nothing that took hours is removed unasked.
     """
     told = job.folder / "settings.json"
     if not told.is_file():
         return False
     known, now = json.loads(told.read_text()), as_json({"settings": job.settings(), "inputs": job.inputs()})
     if known != now and job.kind in ("teacher", "arm"):
-        raise SystemExit(f"{job.folder} was made with other settings or code; remove it, or choose another --out")
+        refuse(f"{job.folder} was made with other settings or code; remove it, or choose another --out")
     return known == now and (job.folder / "result.json").is_file()
+
+
+def refuse(what: str) -> NoReturn:
+    """End with a line, as bad input does everywhere here."""
+    print(what, file=sys.stderr)
+    raise SystemExit(2)
 
 
 def as_json(value: Any) -> Any:
@@ -436,7 +442,7 @@ def main() -> None:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SystemExit(f"--out {options.out} cannot be made ({error.strerror}); give another folder") from None
+            refuse(f"--out {options.out} cannot be made ({error.strerror}); give another folder")
         lock = (options.out / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -131,11 +131,6 @@ def evaluate(
     with working(f"reading {reference}"):
         compared = open_set(reference, vae, next(extractor.parameters()).device)
     notes: list[str] = []
-
-    def tell(note: str) -> None:
-        notes.append(note)
-        stderr.print(f"note: {note}")
-
     with working(f"loading {judged}"):
         if is_model:
             how: dict[str, Any] = {
@@ -148,13 +143,13 @@ def evaluate(
             size: Any = rows.image_size(pipe)
             chosen = list(range(num or NUM))
             if num is None:
-                tell(f"{NUM:,} samples, as published figures have; fewer (--num 5000) are enough for a first look")
+                notes.append(f"{NUM:,} samples, as published figures have; --num 5000 is enough for a first look")
         else:
             samples = open_set(judged, vae, next(extractor.parameters()).device)
             record = rows.recorded(judged)
             how, size = _how_drawn(judged, given, record), samples.size
             if record is None and how:
-                tell(f"{judged} does not say how it was drawn; {', '.join(how).replace('_', ' ')} as you said")
+                notes.append(f"{judged} does not say how it was drawn; {', '.join(how).replace('_', ' ')} as you said")
             chosen = rows.chosen_rows(samples, num)
     rows.check_sizes(judged, size, features, compared)
     planned = {**how, "num": len(chosen), "size": list(size), **rows.judged_by(features, compared)}
@@ -169,6 +164,13 @@ def evaluate(
             spec = teacher or _teacher_of(judged, pipe)
             pipes.append((spec, to_device(_load(spec, None, {**how, "tail_drop": None}), device)))
             rows.check_sizes(f"--teacher {spec}", rows.image_size(pipes[1][1]), features, compared)
+    for note in notes:  # now that nothing is refused any more
+        stderr.print(f"note: {note}")
+
+    def tell(note: str) -> None:
+        notes.append(note)
+        stderr.print(f"note: {note}")
+
     with progress("images") as bar, enough_memory(batch_size):
         task = bar.add_task(f"features of {reference}", total=compared.count)
         by = rows.judge(features, extractor, compared, cache, batch_size, lambda count: bar.advance(task, count))
